@@ -1,0 +1,113 @@
+"""What a model is, as plain frozen data: `ModelConfig` and its `LayerSpec`s. No arrays, no framework."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Position interpolation: every frequency is divided by `factor`."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's piecewise interpolation: long wavelengths are divided by `factor`, short ones kept, smooth between."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding in the half-rotation layout (the one of Hugging Face checkpoints)."""
+
+    theta: float = 10_000.0
+    scaling: LinearScaling | Llama3Scaling | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Causal grouped-query attention with an explicit `head_dim` (embed need not equal heads x head_dim)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    bias: bool = False
+    """A bias on query, key and value."""
+    output_bias: bool = False
+    rope: Rope = dataclasses.field(default_factory=Rope)
+
+    def __post_init__(self):
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(
+                f"attention has {self.heads} query heads and {self.kv_heads} key-value heads; "
+                "the first must be a positive multiple of the second."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need a positive even number.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedMLP:
+    """`down(activation(gate(x)) * up(x))`."""
+
+    mlp: int
+    activation: Activation = "silu"
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One block: a mixer and an ffn, each with its own pre-norm. Layers of a pruned model may differ."""
+
+    mixer: Attention
+    ffn: GatedMLP
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model. Everything that decides shapes and outputs, nothing about how it is run."""
+
+    family: str
+    """Hugging Face `model_type`; the key of `models.families.FAMILIES`."""
+    vocab: int
+    embed: int
+    layers: tuple[LayerSpec, ...]
+    tied: bool
+    """The head is the embedding table."""
+    norm_epsilon: float = 1e-5
+    max_length: int = 2048
+    """The longest context that the model was trained for, in tokens."""
+
+    def __post_init__(self):
+        for name in ("vocab", "embed"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ModelConfig.{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.layers:
+            raise ValueError("ModelConfig.layers is empty; a model has at least one layer.")
+
+    @property
+    def segments(self) -> tuple[tuple[int, LayerSpec], ...]:
+        """Runs of equal layers as (run length, spec): what is scanned, and how train state stacks its layers."""
+        return tuple((len(list(run)), spec) for spec, run in itertools.groupby(self.layers))
+
+    @property
+    def homogeneous(self) -> bool:
+        return len(self.segments) == 1
+
+    def keep_layers(self, kept: tuple[int, ...]) -> ModelConfig:
+        """This model with only the layers `kept` (indices in order)."""
+        if list(kept) != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= len(self.layers):
+            raise ValueError(
+                f"layers to keep are {kept}; allowed are increasing indices from 0 to {len(self.layers) - 1}."
+            )
+        return dataclasses.replace(self, layers=tuple(self.layers[i] for i in kept))

@@ -1,0 +1,128 @@
+"""The few types that every room of the house shares: batches, sums, scores' raw material and the train state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Params = dict[str, Any]
+"""A nested dict of arrays. Which axis is which is declared once, by the model's schema (`models.schema`)."""
+
+Schedule = Callable[[Any], Any]
+"""From the step (consumed batches) to a value; any optax schedule is one."""
+
+Scalar = float | Schedule
+"""A hyper-parameter that may change during training. Resolve it inside the step with `at_step`."""
+
+
+def at_step(value: Scalar, step: Int[Array, ""] | int) -> Any:
+    """The value of a hyper-parameter at one step: schedules are called, plain numbers are returned."""
+    return value(step) if callable(value) else value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean that can still be added to: division happens once, over everything that was added.
+
+    `total` and `count` may have any equal shape; a count of 0 has value 0 and gradient 0.
+    """
+
+    total: Any
+    count: Any
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> Any:
+        empty = self.count == 0
+        return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1.0, self.count))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed token rows as they enter a step. Every field is [batch, length].
+
+    Position t holds an input token and the target that it predicts: `targets[t]` is the next token of the same
+    segment. Segment 0 is padding. `loss_mask` is 1 where the *target* is supervised, so padding, the last token of a
+    segment and prompts have 0. `target_bytes` counts the bytes of the original text that the target stands for,
+    which makes bits per byte comparable across tokenizers.
+    """
+
+    tokens: Int[Array, "batch length"]
+    targets: Int[Array, "batch length"]
+    loss_mask: Float[Array, "batch length"]
+    positions: Int[Array, "batch length"]
+    segment_ids: Int[Array, "batch length"]
+    target_bytes: Int[Array, "batch length"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What turns hidden states into scores: `hidden @ kernel (+ bias)`, then a soft cap.
+
+    kernel: [vocab, embed], the layout of the embedding table, so that a tied head is the table itself.
+    bias: [vocab] or None. soft_cap: scores become `cap * tanh(scores / cap)`; None leaves them.
+    """
+
+    kernel: Float[Array, "vocab embed"]
+    bias: Float[Array, "vocab"] | None = None
+    soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def vocab(self) -> int:
+        return self.kernel.shape[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a model returns for a batch. Scores are never formed here: that is the chunked head's work.
+
+    hidden: [batch, length, embed] after the final norm. taps: what `Tap.reduce` returned, stacked over the tapped
+    layers. aux: named sums that a model adds to the objective (router losses).
+    """
+
+    hidden: Float[Array, "batch length embed"]
+    head: Head
+    taps: dict[str, Any] = dataclasses.field(default_factory=dict)
+    aux: dict[str, Mean] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """Reads an activation inside the layer scan; only `reduce`'s result leaves the scan.
+
+    name: a tap point of the decoder ("input" and "output" of a block; see `models.decoder.TAP_POINTS`).
+    layers: which layers; None is all. Layers not asked for cost no memory.
+    reduce: (values: dict of the asked tap points [batch, length, ...], mask [batch, length]) -> pytree.
+    """
+
+    points: tuple[str, ...]
+    reduce: Callable[[Mapping[str, Array], Float[Array, "batch length"]], Any]
+    layers: tuple[int, ...] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and so everything that a checkpoint must hold.
+
+    step: consumed batches, skipped ones included; schedules follow it. params: {"student": trainable leaves,
+    "objective": parameters that terms learn}. rng: the run's key, never split; use `fold_in(rng, step)`.
+    skipped: steps skipped in a row, and in all, because the loss or a gradient was not finite.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    rng: Any
+    skipped: Int[Array, "2"]
