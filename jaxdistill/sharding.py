@@ -66,6 +66,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 MeshAxes = str | tuple[str, ...] | None
 
 
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Logical axis → mesh axis (or several, or none). Names that are not listed are not split."""
@@ -98,10 +102,6 @@ DEFAULT_RULES = Rules(
         "expert": "expert",
     }
 )
-
-
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 @dataclasses.dataclass(frozen=True)

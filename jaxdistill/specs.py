@@ -18,7 +18,7 @@ class LinearScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's piecewise interpolation: long wavelengths are divided by `factor`, short ones kept, smooth between."""
+    """Llama 3.1's interpolation: long wavelengths are divided by `factor`, short ones kept, with a ramp between."""
 
     factor: float
     low_frequency_factor: float
