@@ -1,0 +1,382 @@
+"""The chunked head: every term of an objective, a few positions at a time, so that [batch, length, vocab] never exists.
+
+One scan walks the positions. For each chunk it forms the scores of student and teacher from hidden states and heads,
+evaluates all terms, and pulls the gradient of Σ coefficientᵢ · totalᵢ back to the hidden states, the head and the
+terms' own parameters at once. So the backward pass has nothing left to do but scale what the forward pass found:
+nothing is recomputed, and memory grows with chunk x vocabulary.
+
+Coefficients (weight ÷ count of supervised positions over the whole global step) are known before the scan, because
+they depend on data only. On a mesh the scan runs under `shard_map`: heads are gathered once, before it, along the
+axes that split tokens (under automatic sharding XLA gathers them again in every chunk); the vocabulary stays split
+over the other axes, and `Scores` does the collectives of chunk size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxdistill.losses.scores import Scores
+from jaxdistill.losses.terms import Positions, Term
+from jaxdistill.sharding import BATCH_AXES, Axes, Layout
+from jaxdistill.types import Head, Mean, Outputs
+
+Totals = dict[str, Array]
+HEAD_AXES: Axes = ("vocab", "embed")
+
+
+def evaluate_terms(
+    terms: Mapping[str, Term],
+    student: Outputs,
+    teacher: Outputs | None,
+    *,
+    targets: Int[Array, "batch length"],
+    loss_mask: Float[Array, "batch length"],
+    coefficients: Mapping[str, Float[Array, ""]],
+    parameters: Mapping[str, Mapping[str, Any]],
+    step: Int[Array, ""],
+    chunk: int,
+    layout: Layout = Layout(),
+    teacher_layout: Layout | None = None,
+) -> tuple[Float[Array, ""], dict[str, Mean]]:
+    """Σ coefficient · total over all terms, and each term's `Mean`, differentiable by the student and `parameters`.
+
+    terms: by name. student, teacher: hidden states and heads; without a teacher, terms that ask for one get the
+    student's own scores without gradient. loss_mask: a weight for each position; hidden states where it is 0 are
+    never read, so anything may stand there. coefficients: a scalar for each term, see `term_coefficients`.
+    parameters: by term name, for the terms that have some. chunk: positions scored at once on each device.
+    layout, teacher_layout: where the two heads live; the teacher's default is the student's.
+    """
+    missing = sorted(set(terms) - set(coefficients))
+    if missing:
+        raise ValueError(f"no coefficient for the terms {missing}; give one for each of {sorted(terms)}.")
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1 position.")
+    if teacher is not None and teacher.head.vocab != student.head.vocab:
+        raise ValueError(
+            f"the teacher scores {teacher.head.vocab} ids and the student {student.head.vocab}; terms on the same ids "
+            "need equal vocabularies. Use a student with the teacher's tokenizer and vocabulary size."
+        )
+    plan = _Plan(
+        terms=dict(terms),
+        chunk=chunk,
+        places=_places(layout, teacher_layout or layout, student, teacher),
+    )
+    learned = {"hidden": student.hidden, "head": student.head, "parameters": {k: dict(v) for k, v in parameters.items()}}
+    given = {
+        "teacher": None if teacher is None else {"hidden": teacher.hidden, "head": teacher.head},
+        "targets": targets,
+        "mask": loss_mask,
+        "coefficients": dict(coefficients),
+        "step": step,
+    }
+    loss, totals = _evaluate(plan, learned, jax.lax.stop_gradient(given))
+    count = loss_mask.sum()
+    return loss, {name: Mean(total, count) for name, total in totals.items()}
+
+
+def term_coefficients(
+    terms: Mapping[str, Term], count: Float[Array, ""], step: Int[Array, ""]
+) -> dict[str, Float[Array, ""]]:
+    """Each term's weight at this step ÷ the number of supervised positions of the whole global step (0 if none)."""
+    share = jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))
+    return {name: jnp.float32(t.weight(step) if callable(t.weight) else t.weight) * share for name, t in terms.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """How the inputs are split over a mesh while the scan runs. mesh None: everything on one device."""
+
+    mesh: jax.sharding.Mesh | None = None
+    tokens: PartitionSpec = PartitionSpec()
+    token_axes: tuple[str, ...] = ()
+    vocab_axes: tuple[str, ...] = ()
+    embed_axes: tuple[str, ...] = ()
+    teacher_embed_axes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is fixed while tracing."""
+
+    terms: dict[str, Term]
+    chunk: int
+    places: _Places
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _places(layout: Layout, teacher_layout: Layout, student: Outputs, teacher: Outputs | None) -> _Places:
+    if layout.mesh is None or layout.mesh.size == 1:
+        return _Places()
+    if teacher_layout.mesh != layout.mesh:
+        raise ValueError("student and teacher must live on the same mesh; their sharding rules may differ.")
+    tokens = layout.spec((*BATCH_AXES, None), student.hidden.shape)
+    token_axes = tuple(name for entry in tokens for name in _names(entry))
+    vocab, embed = layout.spec(HEAD_AXES, student.head.kernel.shape)
+    # An axis that splits tokens cannot split the vocabulary too: every token needs all of it.
+    vocab_axes = tuple(a for a in _names(vocab) if a not in token_axes)
+    teacher_embed = None if teacher is None else teacher_layout.spec(HEAD_AXES, teacher.head.kernel.shape)[1]
+    return _Places(
+        mesh=layout.mesh,
+        tokens=PartitionSpec(tokens[0], tokens[1]),
+        token_axes=token_axes,
+        vocab_axes=vocab_axes,
+        embed_axes=tuple(a for a in _names(embed) if a not in vocab_axes),
+        teacher_embed_axes=tuple(a for a in _names(teacher_embed) if a not in vocab_axes),
+    )
+
+
+# The loss, with gradients found on the way forward.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _evaluate(plan: _Plan, learned: Any, given: Any) -> tuple[Array, Totals]:
+    return _on_mesh(plan, _scan_values, learned, given)
+
+
+def _evaluate_forward(plan, learned, given):
+    (loss, totals), gradients = _on_mesh(plan, _scan_gradients, learned, given)
+    return (loss, totals), gradients
+
+
+def _evaluate_backward(plan, gradients, cotangents):
+    scale, _ = cotangents  # totals are reported, not differentiated
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), None
+
+
+_evaluate.defvjp(_evaluate_forward, _evaluate_backward)
+
+
+def _on_mesh(plan: _Plan, scan: Callable, learned: Any, given: Any) -> Any:
+    """Runs a scan under `shard_map` with every input in its place, or directly on one device."""
+    run = functools.partial(scan, plan)
+    places = plan.places
+    if places.mesh is None:
+        return run(learned, given)
+    whole = PartitionSpec()
+
+    def head_spec(head: Head, embed_axes: tuple[str, ...]) -> Head:
+        kernel = PartitionSpec(places.vocab_axes or None, embed_axes or None)
+        bias = None if head.bias is None else PartitionSpec(places.vocab_axes or None)
+        return dataclasses.replace(head, kernel=kernel, bias=bias)
+
+    learned_specs = {
+        "hidden": places.tokens,
+        "head": head_spec(learned["head"], places.embed_axes),
+        "parameters": jax.tree.map(lambda _: whole, learned["parameters"]),
+    }
+    teacher = given["teacher"]
+    given_specs = {
+        "teacher": teacher
+        and {"hidden": places.tokens, "head": head_spec(teacher["head"], places.teacher_embed_axes)},
+        "targets": places.tokens,
+        "mask": places.tokens,
+        "coefficients": whole,
+        "step": whole,
+    }
+    values = (whole, dict.fromkeys(plan.terms, whole))
+    out_specs = values if scan is _scan_values else (values, learned_specs)
+    return jax.shard_map(run, mesh=places.mesh, in_specs=(learned_specs, given_specs), out_specs=out_specs)(
+        learned, given
+    )
+
+
+def _scan_values(plan: _Plan, learned: Any, given: Any) -> tuple[Array, Totals]:
+    chunks = _chunks(plan, learned["hidden"], given)
+    head, parameters = _spread_head(plan, learned["head"], learned["hidden"].dtype), learned["parameters"]
+    fixed = _fixed(plan, given)
+
+    def body(sums, chunk):
+        hidden = _vary(chunk.pop("hidden"), plan.places.vocab_axes)
+        found = _chunk_value(plan, hidden, head, parameters, chunk, fixed)
+        return jax.tree.map(jnp.add, sums, found), None
+
+    sums, _ = jax.lax.scan(body, _zero_sums(plan), chunks)
+    return _over_tokens(plan, sums)
+
+
+def _scan_gradients(plan: _Plan, learned: Any, given: Any) -> tuple[tuple[Array, Totals], Any]:
+    places, dtype = plan.places, learned["hidden"].dtype
+    # `spread_*` bring what is learned to where the scan needs it; pulling back through them reduces the gradients of
+    # all devices to where the parameters live, once, after the scan.
+    hidden, hidden_back = jax.vjp(lambda h: _vary(h, places.vocab_axes), learned["hidden"])
+    _, head_back = jax.vjp(functools.partial(_spread_head, plan, dtype=jnp.float32), learned["head"])
+    parameters, parameters_back = jax.vjp(lambda p: _vary(p, places.token_axes), learned["parameters"])
+    head = _spread_head(plan, learned["head"], dtype)
+    fixed = _fixed(plan, given)
+
+    def body(carry, chunk):
+        sums, head_sum, parameters_sum = carry
+
+        def value(hidden, head, parameters):
+            loss, totals = _chunk_value(plan, hidden, head, parameters, chunk, fixed)
+            return loss, (loss, totals)
+
+        hidden = chunk.pop("hidden")
+        loss, back, found = jax.vjp(value, hidden, head, parameters, has_aux=True)
+        hidden_part, head_part, parameters_part = back(jnp.ones_like(loss))
+        carry = (
+            jax.tree.map(jnp.add, sums, found),
+            jax.tree.map(lambda total, part: total + part.astype(total.dtype), head_sum, head_part),
+            jax.tree.map(jnp.add, parameters_sum, parameters_part),
+        )
+        return carry, hidden_part
+
+    start = (_zero_sums(plan), _zeros(head), _zeros(parameters))
+    (sums, head_sum, parameters_sum), hidden_parts = jax.lax.scan(body, start, _chunks(plan, hidden, given))
+    hidden_sum = hidden_parts.reshape(-1, hidden.shape[-1])[: hidden.shape[0] * hidden.shape[1]].reshape(hidden.shape)
+    gradients = {
+        "hidden": hidden_back(hidden_sum)[0],
+        "head": head_back(head_sum)[0],
+        "parameters": parameters_back(parameters_sum)[0],
+    }
+    return _over_tokens(plan, sums), gradients
+
+
+# One chunk.
+
+
+def _chunk_value(plan: _Plan, hidden: Array, head: Head, parameters: Any, chunk: Any, fixed: Any) -> tuple[Array, Any]:
+    axes = plan.places.vocab_axes
+    mask = chunk["mask"]
+    student = Scores(_scores(head, _supervised(hidden, mask)), axes)
+    if fixed["teacher_head"] is None:
+        teacher = Scores(jax.lax.stop_gradient(student.local), axes)
+    else:
+        teacher = Scores(_scores(fixed["teacher_head"], _supervised(chunk["teacher_hidden"], mask)), axes)
+    at = Positions(targets=chunk["targets"], step=fixed["step"])
+    loss = _zero_sums(plan)[0]
+    totals = {}
+    for name, term in plan.terms.items():
+        values = term(student, teacher, at, parameters.get(name, {}))
+        _check_values(name, values, mask, axes)
+        totals[name] = (values.astype(jnp.float32) * mask).sum()
+        if callable(term.weight) or term.weight != 0:
+            loss = loss + fixed["coefficients"][name] * totals[name]
+    return loss, totals
+
+
+def _scores(head: Head, hidden: Array) -> Float[Array, "position vocab_shard"]:
+    scores = _project(hidden, head.kernel)
+    if head.bias is not None:
+        scores = scores + head.bias
+    if head.soft_cap is not None:
+        scores = head.soft_cap * jnp.tanh(scores / head.soft_cap)
+    return scores
+
+
+@jax.custom_vjp
+def _project(hidden: Float[Array, "position embed"], kernel: Float[Array, "vocab embed"]) -> Float[Array, "..."]:
+    """hidden @ kernelᵀ summed in float32. Its gradient multiplies in the activations' type, as the forward does:
+    left to itself JAX would multiply float32 scores' cotangents with bfloat16 operands, at a fraction of the rate."""
+    return jax.lax.dot_general(hidden, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _project_backward(saved, cotangent):
+    hidden, kernel = saved
+    cotangent = cotangent.astype(hidden.dtype)
+    hidden_part = jax.lax.dot_general(cotangent, kernel, (((1,), (0,)), ((), ())))
+    kernel_part = jax.lax.dot_general(cotangent, hidden, (((0,), (0,)), ((), ())))
+    return hidden_part.astype(hidden.dtype), kernel_part.astype(kernel.dtype)
+
+
+_project.defvjp(lambda hidden, kernel: (_project(hidden, kernel), (hidden, kernel)), _project_backward)
+
+
+def _supervised(hidden: Array, mask: Array) -> Array:
+    # Masking the input, not the result: 0 x inf would be NaN in the gradient.
+    return jnp.where(mask[:, None] != 0, hidden, jnp.zeros((), hidden.dtype))
+
+
+def _check_values(name: str, values: Array, mask: Array, vocab_axes: tuple[str, ...]) -> None:
+    if values.shape != mask.shape:
+        raise ValueError(
+            f"the term {name!r} returned shape {values.shape} for {mask.shape[0]} positions; "
+            "a term returns one value per position: reduce over the vocabulary with Scores.sum or Scores.expect."
+        )
+    partial = set(vocab_axes) & _varying(values)
+    if partial:
+        raise ValueError(
+            f"the term {name!r} returned sums over one vocabulary shard (mesh axes {sorted(partial)}); "
+            "reduce over the vocabulary with Scores.sum, Scores.expect or Scores.take, never with jnp.sum."
+        )
+
+
+# Bringing inputs to the scan, and results out of it.
+
+
+def _chunks(plan: _Plan, hidden: Array, given: Any) -> dict[str, Array]:
+    """Inputs as [chunks, chunk, ...] of this device's positions; the last chunk is filled with masked positions."""
+    positions = hidden.shape[0] * hidden.shape[1]
+    chunk = min(plan.chunk, positions)
+    arrays = {"hidden": hidden, "targets": given["targets"], "mask": given["mask"]}
+    if given["teacher"] is not None:
+        arrays["teacher_hidden"] = _vary(given["teacher"]["hidden"], plan.places.vocab_axes)
+
+    def split(x: Array) -> Array:
+        x = x.reshape(positions, *x.shape[2:])
+        x = jnp.pad(x, [(0, -positions % chunk)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    return jax.tree.map(split, arrays)
+
+
+def _fixed(plan: _Plan, given: Any) -> dict[str, Any]:
+    teacher = given["teacher"]
+    head = None
+    if teacher is not None:
+        places = dataclasses.replace(plan.places, embed_axes=plan.places.teacher_embed_axes)
+        head = _spread_head(dataclasses.replace(plan, places=places), teacher["head"], teacher["hidden"].dtype)
+    return {"teacher_head": head, "coefficients": given["coefficients"], "step": given["step"]}
+
+
+def _spread_head(plan: _Plan, head: Head, dtype: Any) -> Head:
+    """This device's vocabulary rows in full width, in the type that is multiplied."""
+    places = plan.places
+    kernel = head.kernel.astype(dtype)
+    # Along axes that split tokens each device finds a gradient of its own (the transpose sums them and scatters);
+    # along others all find the same one.
+    for axis in reversed(places.embed_axes):
+        to = "varying" if axis in places.token_axes else "invarying"
+        kernel = jax.lax.all_gather(kernel, axis, axis=1, tiled=True, to=to)
+    return _vary(dataclasses.replace(head, kernel=kernel), places.token_axes)
+
+
+def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Marks values as different on each device along `axes`, so that gradients along them stay apart until the end."""
+
+    def vary(x: Array) -> Array:
+        missing = tuple(a for a in axes if a not in _varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """The mesh axes along which devices hold different values, as `shard_map` tracks them."""
+    return jax.typeof(x).mat.varying
+
+
+def _zeros(tree: Any) -> Any:
+    """Float32 zeros, varying as the given arrays do."""
+    return jax.tree.map(lambda x: _vary(jnp.zeros(x.shape, jnp.float32), tuple(_varying(x))), tree)
+
+
+def _zero_sums(plan: _Plan) -> tuple[Array, Totals]:
+    zero = _vary(jnp.float32(0), plan.places.token_axes)
+    return zero, dict.fromkeys(plan.terms, zero)
+
+
+def _over_tokens(plan: _Plan, sums: tuple[Array, Totals]) -> tuple[Array, Totals]:
+    axes = plan.places.token_axes
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums) if axes else sums
