@@ -1,0 +1,106 @@
+"""Attention as plain functions of arrays: rotary tables, the mask, and grouped-query attention."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxdistill.specs import LinearScaling, Llama3Scaling, Rope
+
+RopeTable = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+"""Cosines and sines of every position's rotation angles, float32."""
+
+QUERY_BLOCK = 256
+"""Queries per block. Keys behind a block's last query are never touched, so smaller blocks do less work in vain."""
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position of each of the head_dim / 2 rotations, context extension included (float64).
+
+    Sources: RoFormer, arXiv 2104.09864 (eq. 15); position interpolation, arXiv 2306.15595; Llama 3.1's ramp as in the
+    released model code.
+    """
+    frequencies = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    match rope.scaling:
+        case None:
+            return frequencies
+        case LinearScaling(factor=factor):
+            return frequencies / factor
+        case Llama3Scaling() as s:
+            turns = s.original_length * frequencies / (2 * math.pi)  # rotations within the original context
+            ramp = (turns - s.low_frequency_factor) / (s.high_frequency_factor - s.low_frequency_factor)
+            kept = np.clip(ramp, 0.0, 1.0)
+            return frequencies * (kept + (1 - kept) / s.factor)
+
+
+def rope_table(rope: Rope, head_dim: int, positions: Int[Array, "batch length"]) -> RopeTable:
+    """Cosine and sine of position × frequency, in float32 whatever the activations are."""
+    frequencies = jnp.asarray(rope_frequencies(rope, head_dim), jnp.float32)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "batch length heads head_dim"], table: RopeTable
+) -> Float[Array, "batch length heads head_dim"]:
+    """Apply the rotary embedding in the half-rotation layout: dimension i turns with dimension i + head_dim / 2."""
+    cos, sin = (t[:, :, None, :] for t in table)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
+    *,
+    query_segments: Int[Array, "batch queries"],
+    key_segments: Int[Array, "batch keys"],
+    query_offset: Int[Array, ""] | int = 0,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Each query reads the keys of its own segment that do not lie behind it.
+
+    Query i has index `query_offset + i` among the keys: what counts is the index within the row, never the position,
+    so packed segments cannot see each other and padding (segment 0) sees padding, at least itself: its outputs are
+    finite. Key-value heads are shared by heads / kv_heads consecutive query heads and are not repeated in memory.
+    Softmax in float32.
+    """
+    batch, queries, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    visible = key_segments[:, None, :] == query_segments[:, :, None]
+    visible &= jnp.arange(key.shape[1]) <= jnp.arange(queries)[:, None] + query_offset
+    scores = jnp.einsum("bqngd,bknd->bngqk", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bngqk,bknd->bqngd", weights, value).reshape(query.shape)
+
+
+def causal_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    segment_ids: Int[Array, "batch length"],
+    *,
+    query_block: int = QUERY_BLOCK,
+) -> Float[Array, "batch length heads head_dim"]:
+    """`attend` of whole rows to themselves, in blocks of queries, each against only the keys up to its end."""
+    length = query.shape[1]
+    blocks = []
+    for start in range(0, length, query_block):
+        end = min(start + query_block, length)
+        blocks.append(
+            attend(
+                query[:, start:end],
+                key[:, :end],
+                value[:, :end],
+                query_segments=segment_ids[:, start:end],
+                key_segments=segment_ids[:, :end],
+                query_offset=start,
+            )
+        )
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)

@@ -1,0 +1,313 @@
+"""The decoder as pure functions of parameters: whole rows (training, scoring) and rows that grow (a KV cache).
+
+Parameters are the stacked tree of `models.schema`. Each run of equal layers is one `jax.lax.scan`, so a homogeneous
+model compiles once whatever its depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxdistill.models.attention import RopeTable, attend, causal_attention, rope_table
+from jaxdistill.models.modules import Attend, Block, Context, RMSNorm
+from jaxdistill.models.schema import segment_bounds
+from jaxdistill.sharding import Layout
+from jaxdistill.specs import LayerSpec, ModelConfig, Rope
+from jaxdistill.types import Head, Outputs, Params, Tap
+
+TAP_POINTS = ("input", "mixer_normed", "query", "key", "value", "heads", "ffn_normed", "mlp", "output")
+"""Activations of a block that a `Tap` may read, in the order in which they arise.
+
+"input", "output": the residual stream [batch, length, embed]. "mixer_normed", "ffn_normed": after the pre-norms.
+"query", "key": after rotation, and "value": [batch, length, heads or kv_heads, head_dim]. "heads": what the output
+projection reads, [batch, length, heads, head_dim]. "mlp": what the down projection reads, [batch, length, mlp].
+"""
+
+Remat = Literal["none", "dots", "block"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a model is run, as opposed to what it is: nothing here changes a result beyond rounding."""
+
+    activation_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The dtype of activations and of the products with parameters; norms and softmax are always float32."""
+    remat: Remat = "none"
+    """What the forward pass keeps for the backward pass: "none" recomputes nothing; "dots" keeps the results of
+    products with parameters and recomputes the rest; "block" keeps only each block's input."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.activation_dtype)
+
+
+class TokenRows(Protocol):
+    """What the decoder reads of a batch; every field is [batch, length]. `types.Batch` is one."""
+
+    @property
+    def tokens(self) -> Any: ...
+    @property
+    def positions(self) -> Any: ...
+    @property
+    def segment_ids(self) -> Any: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Token rows without targets. Segment 0 is padding; positions count within a segment."""
+
+    tokens: Int[Array, "batch length"]
+    positions: Int[Array, "batch length"]
+    segment_ids: Int[Array, "batch length"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the slots filled so far, per segment of layers.
+
+    keys, values: {segment: [layers, batch, slots, kv_heads, head_dim]}. segment_ids: [batch, slots], 0 where a slot
+    is empty or padding. used: how many slots are filled; all rows fill the same slots, shorter ones with padding.
+    """
+
+    keys: dict[str, Array]
+    values: dict[str, Array]
+    segment_ids: Int[Array, "batch slots"]
+    used: Int[Array, ""]
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    rows: TokenRows,
+    *,
+    layout: Layout = Layout(),  # noqa: B008
+    execution: Execution = Execution(),
+    taps: Mapping[str, Tap] | None = None,
+) -> Outputs:
+    """Hidden states after the final norm for whole rows, and the head that turns them into scores.
+
+    A token sees the tokens before it in its row that have its segment id; `positions` enter the rotary embedding
+    only. `taps` maps a name of the caller's choice to a `Tap`; its result is in `Outputs.taps`, stacked over layers.
+    Hidden states are in the activation dtype; at padding they are finite and mean nothing.
+    """
+    taps = dict(taps or {})
+    _check_taps(config, taps)
+    query_block = {} if layout.split("length") == 1 else {"query_block": rows.tokens.shape[1]}
+
+    def attend_rows(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+        return causal_attention(query, key, value, rows.segment_ids, **query_block), None
+
+    context = _context(config, rows, attend_rows, layout, execution)
+    mask = (rows.segment_ids > 0).astype(jnp.float32)
+    x = _embed(params, rows.tokens, layout, execution)
+    seen: dict[str, list[Any]] = {name: [] for name in taps}
+    for first, last, spec, layers in _runs(config, params, taps):
+        active = {name: tap for name, tap in taps.items() if _taps_layer(tap, first)}
+
+        def body(x: Array, layer: Params, spec=spec, active=active) -> tuple[Array, dict[str, Any]]:
+            x, points = _merge(spec, config, layer)(x, context)
+            return x, {name: tap.reduce({p: points[p] for p in tap.points}, mask) for name, tap in active.items()}
+
+        x, results = jax.lax.scan(_rematerialised(body, execution.remat), x, layers, length=last - first)
+        for name, result in results.items():
+            seen[name].append(result)
+    hidden = _finish(config, params, x, layout, execution)
+    return Outputs(hidden=hidden, head=head_of(config, params), taps={n: _concatenate(n, r) for n, r in seen.items()})
+
+
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    *,
+    layout: Layout = Layout(),  # noqa: B008
+    execution: Execution = Execution(),
+) -> Cache:
+    """An empty cache for `batch` rows of up to `slots` tokens, in the activation dtype."""
+
+    def zeros(size: int, spec: LayerSpec) -> Array:
+        shape = (size, batch, slots, spec.mixer.kv_heads, spec.mixer.head_dim)
+        return layout.constrain(jnp.zeros(shape, execution.dtype), CACHE_AXES)
+
+    return Cache(
+        keys={str(i): zeros(*segment) for i, segment in enumerate(config.segments)},
+        values={str(i): zeros(*segment) for i, segment in enumerate(config.segments)},
+        segment_ids=jnp.zeros((batch, slots), jnp.int32),
+        used=jnp.zeros((), jnp.int32),
+    )
+
+
+CACHE_AXES = ("layers", "batch", None, "kv_heads", None)
+
+
+def apply_cached(
+    config: ModelConfig,
+    params: Params,
+    rows: TokenRows,
+    cache: Cache,
+    *,
+    layout: Layout = Layout(),  # noqa: B008
+    execution: Execution = Execution(),
+) -> tuple[Outputs, Cache]:
+    """Continue rows: the new tokens fill the next slots and see themselves and what the cache holds.
+
+    Serves both the prompt (all its tokens at once, shorter prompts padded with segment 0 on either side) and single
+    steps. The caller keeps `cache.used` + new tokens within the slots; positions are the caller's, per row.
+    """
+    start = cache.used
+    segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, rows.segment_ids.astype(jnp.int32), (0, start))
+
+    def attend_cached(query: Array, key: Array, value: Array, keys: Array, values: Array, layer: Array):
+        def write(memory: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice(memory, new[None].astype(memory.dtype), (layer, 0, start, 0, 0))
+
+        keys, values = write(keys, key), write(values, value)
+        heads = attend(
+            query,
+            jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False),
+            jax.lax.dynamic_index_in_dim(values, layer, keepdims=False),
+            query_segments=rows.segment_ids,
+            key_segments=segment_ids,
+            query_offset=start,
+        )
+        return heads, (keys, values)
+
+    x = _embed(params, rows.tokens, layout, execution)
+    new_keys, new_values = {}, {}
+    for name, (size, spec) in zip(params["segments"], config.segments, strict=True):
+
+        def body(carry, layer_and_index, spec=spec):
+            x, keys, values = carry
+            layer, index = layer_and_index
+            attend_here = functools.partial(attend_cached, keys=keys, values=values, layer=index)
+            context = _context(config, rows, attend_here, layout, execution)
+            x, points = _merge(spec, config, layer)(x, context)
+            return (x, *points["memory"]), None
+
+        carry = (x, cache.keys[name], cache.values[name])
+        carry, _ = jax.lax.scan(body, carry, (params["segments"][name], jnp.arange(size)))
+        x, new_keys[name], new_values[name] = carry
+    hidden = _finish(config, params, x, layout, execution)
+    used = start + rows.tokens.shape[1]
+    return Outputs(hidden=hidden, head=head_of(config, params)), Cache(new_keys, new_values, segment_ids, used)
+
+
+def head_of(config: ModelConfig, params: Params) -> Head:
+    """The output head: the embedding table itself when tied. Kept in the parameters' dtype."""
+    return Head(kernel=params["embedding" if config.tied else "head"]["kernel"])
+
+
+def scores(hidden: Float[Array, "... embed"], head: Head) -> Float[Array, "... vocab"]:
+    """Float32 scores of a few positions (generation, tests). Never for a whole batch: see `losses` for that."""
+    kernel = head.kernel.astype(hidden.dtype)
+    values = jnp.einsum("...e,ve->...v", hidden, kernel, preferred_element_type=jnp.float32)
+    if head.bias is not None:
+        values += head.bias.astype(jnp.float32)
+    return values if head.soft_cap is None else head.soft_cap * jnp.tanh(values / head.soft_cap)
+
+
+def _context(config: ModelConfig, rows: TokenRows, attend: Attend, layout: Layout, execution: Execution) -> Context:
+    """Rotary tables are made here, once per distinct rope, outside the layer scans."""
+    ropes: dict[tuple[Rope, int], RopeTable] = {}
+    for _, spec in config.segments:
+        kind = (spec.mixer.rope, spec.mixer.head_dim)
+        if kind not in ropes:
+            ropes[kind] = rope_table(*kind, rows.positions)
+    return Context(ropes=ropes, attend=attend, layout=layout, dtype=execution.dtype)
+
+
+def _embed(params: Params, tokens: Array, layout: Layout, execution: Execution) -> Array:
+    x = jnp.take(params["embedding"]["kernel"], tokens, axis=0).astype(execution.dtype)
+    return layout.constrain(x, ("batch", "length", None))
+
+
+def _finish(config: ModelConfig, params: Params, x: Array, layout: Layout, execution: Execution) -> Array:
+    norm = nnx.merge(_norm_definition(config), params["final_norm"])
+    return layout.constrain(norm(x, execution.dtype), ("batch", "length", None))
+
+
+@functools.lru_cache(maxsize=256)
+def _definition(spec: LayerSpec, config: ModelConfig) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Block(spec, config)))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _norm_definition(config: ModelConfig) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: RMSNorm(config.embed, config.norm_epsilon)))[0]
+
+
+def _merge(spec: LayerSpec, config: ModelConfig, layer: Params) -> Block:
+    return nnx.merge(_definition(spec, config), layer)
+
+
+def _rematerialised(body: Any, remat: Remat) -> Any:
+    match remat:
+        case "none":
+            return body
+        case "dots":
+            # Products without batch dimensions are those with parameters: attention's own are recomputed.
+            return jax.checkpoint(
+                body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
+            )
+        case "block":
+            return jax.checkpoint(body, prevent_cse=False)
+
+
+def _taps_layer(tap: Tap, layer: int) -> bool:
+    return tap.layers is None or layer in tap.layers
+
+
+def _runs(config: ModelConfig, params: Params, taps: Mapping[str, Tap]):
+    """Maximal runs of equal layers with the same taps, as (first, past the last, spec, their stacked parameters).
+
+    A scan returns something for each of its layers; cutting segments where taps begin and end is what keeps the
+    memory of a tap to the layers that it asked for, forward and backward.
+    """
+    for segment, (start, stop) in enumerate(segment_bounds(config)):
+        stacked = params["segments"][str(segment)]
+        first = start
+        for layer in range(start + 1, stop + 1):
+            same = layer < stop and all(_taps_layer(t, layer) == _taps_layer(t, first) for t in taps.values())
+            if same:
+                continue
+            whole = (first, layer) == (start, stop)
+            part = stacked if whole else jax.tree.map(lambda p, a=first - start, b=layer - start: p[a:b], stacked)
+            yield first, layer, config.layers[first], part
+            first = layer
+
+
+def _check_taps(config: ModelConfig, taps: Mapping[str, Tap]) -> None:
+    for name, tap in taps.items():
+        unknown = [p for p in tap.points if p not in TAP_POINTS]
+        if unknown:
+            raise ValueError(f"tap {name!r} asks for the points {unknown}; allowed are {TAP_POINTS}.")
+        depth = len(config.layers)
+        layers = tap.layers
+        if layers is not None and (not layers or list(layers) != sorted({i for i in layers if 0 <= i < depth})):
+            raise ValueError(
+                f"tap {name!r} asks for the layers {layers}; allowed are increasing indices from 0 to {depth - 1}, "
+                "or None for all."
+            )
+
+
+def _concatenate(name: str, results: list[Any]) -> Any:
+    """One tap's results over its layers, in order, from the runs that they were made in."""
+    if len(results) == 1:
+        return results[0]
+    shapes = [jax.tree.map(lambda x: x.shape[1:], r) for r in results]
+    if any(s != shapes[0] for s in shapes):
+        raise ValueError(
+            f"tap {name!r} returns different shapes in different layers ({shapes}), which cannot be stacked; "
+            "use one tap for each group of layers of equal shape."
+        )
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)

@@ -1,0 +1,170 @@
+"""The parts of a decoder as flax.nnx modules: where every parameter states its shape, axes and initialiser.
+
+Modules are built abstractly only (`models.schema`), and called with parameters merged in by `models.decoder`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer, normal, ones, zeros
+from jaxtyping import Array, Float
+
+from jaxdistill.models.attention import RopeTable, rotate
+from jaxdistill.sharding import Axes, Layout
+from jaxdistill.specs import Activation, Attention, GatedMLP, LayerSpec, ModelConfig, Rope
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""From rotated queries, rotated keys and values to each query's mix of values, and the memory to keep (a cache)."""
+
+Points = dict[str, Any]
+"""Activations that a tap may ask for, by name, and the attention's memory. What nobody asks for is not kept."""
+
+EMBEDDING_STDDEV = 0.02
+
+ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a block needs besides its parameters and its input; the same for all layers of a call."""
+
+    ropes: Mapping[tuple[Rope, int], RopeTable]
+    attend: Attend
+    layout: Layout
+    dtype: jnp.dtype
+
+
+def parameter(shape: tuple[int, ...], axes: Axes, initializer: Initializer) -> nnx.Param:
+    """A parameter that names its axes under our own key (flax's own sharding keys act eagerly and want a mesh)."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes, initializer=initializer)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, embed: int, epsilon: float):
+        self.scale = parameter((embed,), ("embed",), ones)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... embed"], dtype: jnp.dtype) -> Float[Array, "... embed"]:
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * inverse * self.scale[...].astype(jnp.float32)).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """Contracts the first `inputs` axes of a kernel with the last axes of x; adds a bias of the remaining axes."""
+
+    def __init__(self, shape: tuple[int, ...], axes: Axes, *, inputs: int, bias: bool, scale: float = 1.0):
+        fan_in = 1
+        for size in shape[:inputs]:
+            fan_in *= size
+        self.kernel = parameter(shape, axes, normal(scale * fan_in**-0.5))
+        if bias:
+            self.bias = parameter(shape[inputs:], axes[inputs:], zeros)
+        self.inputs = inputs
+        self.has_bias = bias
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.inputs)
+        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+
+
+class AttentionMixer(nnx.Module):
+    """Pre-normed grouped-query attention; returns what is added to the residual stream."""
+
+    def __init__(self, spec: Attention, config: ModelConfig):
+        embed, head_dim = config.embed, spec.head_dim
+        heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        self.spec = spec
+        self.norm = RMSNorm(embed, config.norm_epsilon)
+        self.query = Linear((embed, spec.heads, head_dim), heads, inputs=1, bias=spec.bias)
+        self.key = Linear((embed, spec.kv_heads, head_dim), kv_heads, inputs=1, bias=spec.bias)
+        self.value = Linear((embed, spec.kv_heads, head_dim), kv_heads, inputs=1, bias=spec.bias)
+        self.output = Linear(
+            (spec.heads, head_dim, embed),
+            ("heads", "head_dim", "embed"),
+            inputs=2,
+            bias=spec.output_bias,
+            scale=residual_scale(config),
+        )
+
+    def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
+        table = context.ropes[self.spec.rope, self.spec.head_dim]
+        constrain = context.layout.constrain
+        normed = self.norm(x, context.dtype)
+        query = constrain(rotate(self.query(normed), table), ("batch", "length", "heads", None))
+        key = constrain(rotate(self.key(normed), table), ("batch", "length", "kv_heads", None))
+        value = constrain(self.value(normed), ("batch", "length", "kv_heads", None))
+        heads, memory = context.attend(query, key, value)
+        heads = constrain(heads, ("batch", "length", "heads", None))
+        points = {"mixer_normed": normed, "query": query, "key": key, "value": value, "heads": heads}
+        return self.output(heads), {**points, "memory": memory}
+
+
+class GatedFFN(nnx.Module):
+    """Pre-normed gated feed-forward (arXiv 2002.05202); returns what is added to the residual stream."""
+
+    def __init__(self, spec: GatedMLP, config: ModelConfig):
+        embed, mlp = config.embed, spec.mlp
+        self.spec = spec
+        self.norm = RMSNorm(embed, config.norm_epsilon)
+        self.gate = Linear((embed, mlp), ("embed", "mlp"), inputs=1, bias=spec.bias)
+        self.up = Linear((embed, mlp), ("embed", "mlp"), inputs=1, bias=spec.bias)
+        self.down = Linear((mlp, embed), ("mlp", "embed"), inputs=1, bias=spec.bias, scale=residual_scale(config))
+
+    def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
+        normed = self.norm(x, context.dtype)
+        mlp = ACTIVATIONS[self.spec.activation](self.gate(normed)) * self.up(normed)
+        mlp = context.layout.constrain(mlp, ("batch", "length", "mlp"))
+        return self.down(mlp), {"ffn_normed": normed, "mlp": mlp}
+
+
+class Block(nnx.Module):
+    """One layer: x + mixer(x), then + ffn of that."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig):
+        self.mixer = AttentionMixer(spec.mixer, config)
+        self.ffn = GatedFFN(spec.ffn, config)
+
+    def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
+        mixed, mixer_points = self.mixer(x, context)
+        middle = x + mixed
+        transformed, ffn_points = self.ffn(middle, context)
+        output = context.layout.constrain(middle + transformed, ("batch", "length", None))
+        return output, {"input": x, **mixer_points, **ffn_points, "output": output}
+
+
+class Table(nnx.Module):
+    """One row per vocabulary entry: the embedding, and a head of its own."""
+
+    def __init__(self, config: ModelConfig):
+        self.kernel = parameter((config.vocab, config.embed), ("vocab", "embed"), normal(EMBEDDING_STDDEV))
+
+
+class Decoder(nnx.Module):
+    """The whole model, layer by layer: the per-layer view that schemas, converters and pruning name tensors by."""
+
+    def __init__(self, config: ModelConfig):
+        self.embedding = Table(config)
+        self.layers = nnx.List([Block(spec, config) for spec in config.layers])
+        self.final_norm = RMSNorm(config.embed, config.norm_epsilon)
+        if not config.tied:
+            self.head = Table(config)
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """Two branches a layer write to the residual stream; scaled so, its variance does not grow with depth."""
+    return (2 * len(config.layers)) ** -0.5

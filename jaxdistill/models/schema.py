@@ -1,0 +1,231 @@
+"""The schema: every parameter's name, shape, axes and initialiser; and the stacked form that training holds.
+
+Two views of one model. *Per layer*: a flat dict of dotted names (`layers.3.ffn.gate.kernel`), the language of
+converters and pruning. *Stacked*: a nested dict in which a run of equal layers is one array per parameter with a
+leading axis "layers" (`segments.0.ffn.gate.kernel`), the language of steps and checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer
+
+from jaxdistill.models.modules import Decoder
+from jaxdistill.sharding import Axes, Layout
+from jaxdistill.specs import ModelConfig
+from jaxdistill.types import Params
+
+Path = tuple[str, ...]
+"""Keys from the root of the stacked tree to a leaf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter of one layer (or of the model): its shape, the name of each axis, and how it starts."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+    initializer: Initializer
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedSpec:
+    """One leaf of the stacked tree: its members in the per-layer view, in order, and their common spec."""
+
+    members: tuple[str, ...]
+    stacked: bool
+    spec: ParamSpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.members), *self.spec.shape) if self.stacked else self.spec.shape
+
+    @property
+    def axes(self) -> Axes:
+        return ("layers", *self.spec.axes) if self.stacked else self.spec.axes
+
+
+@functools.lru_cache(maxsize=64)
+def _schema(config: ModelConfig) -> dict[str, ParamSpec]:
+    specs: dict[str, ParamSpec] = {}
+    # Read inside eval_shape: no array is made, and attributes still have the order in which they were declared.
+    jax.eval_shape(lambda: specs.update(_declared(Decoder(config), "")))
+    return specs
+
+
+def schema(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Every parameter by its per-layer dotted name, in the model's order."""
+    return dict(_schema(config))
+
+
+def _declared(node: Any, prefix: str) -> Iterator[tuple[str, ParamSpec]]:
+    """The parameters below a module, in the order in which they were declared."""
+    if isinstance(node, nnx.Param):
+        meta = node.get_metadata()
+        yield prefix, ParamSpec(tuple(node.shape), meta["logical_axes"], meta["initializer"])
+    elif isinstance(node, nnx.List):
+        for index, child in enumerate(node):
+            yield from _declared(child, f"{prefix}.{index}")
+    elif isinstance(node, nnx.Module):
+        for name, child in vars(node).items():
+            yield from _declared(child, f"{prefix}.{name}" if prefix else name)
+
+
+def locate(config: ModelConfig, name: str) -> tuple[Path, int | None]:
+    """Where a per-layer name lives in the stacked tree: the path of its leaf, and its index on axis 0 if stacked.
+
+    Lets a reader write one tensor straight into its slice. Raises KeyError for a name that the model lacks.
+    """
+    if name not in _schema(config):
+        raise KeyError(f"the model has no parameter {name!r}; its parameters are named like {_examples(config)}.")
+    first, *rest = name.split(".")
+    if first != "layers":
+        return (first, *rest), None
+    layer = int(rest[0])
+    for segment, (start, stop) in enumerate(segment_bounds(config)):
+        if start <= layer < stop:
+            return ("segments", str(segment), *rest[1:]), layer - start
+    raise AssertionError(name)
+
+
+def segment_bounds(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """First layer and one past the last of every segment."""
+    bounds, start = [], 0
+    for size, _ in config.segments:
+        bounds.append((start, start + size))
+        start += size
+    return tuple(bounds)
+
+
+@functools.lru_cache(maxsize=64)
+def _stacked(config: ModelConfig) -> dict[Path, StackedSpec]:
+    """Every leaf of the stacked tree by its path."""
+    members: dict[Path, list[str]] = {}
+    for name in _schema(config):
+        members.setdefault(locate(config, name)[0], []).append(name)
+    return {
+        path: StackedSpec(tuple(names), path[0] == "segments", _schema(config)[names[0]])
+        for path, names in members.items()
+    }
+
+
+def _nested(leaves: Mapping[Path, Any]) -> Params:
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _leaf(params: Params, path: Path) -> Any:
+    for key in path:
+        params = params[key]
+    return params
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """The stacked tree as shapes and dtypes, without values."""
+    return _nested({path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in _stacked(config).items()})
+
+
+def param_axes(config: ModelConfig) -> Params:
+    """The stacked tree of axis names; stacked leaves lead with "layers"."""
+    return _nested({path: leaf.axes for path, leaf in _stacked(config).items()})
+
+
+def param_shardings(config: ModelConfig, layout: Layout) -> Params:
+    """Where each leaf of the stacked tree lives.
+
+    Vectors (one axis besides "layers") stay whole on every device: gathering them costs latency and saves nothing.
+    """
+
+    def place(leaf: StackedSpec) -> jax.sharding.Sharding:
+        axes = leaf.axes if len(leaf.spec.axes) > 1 else (None,) * len(leaf.axes)
+        return layout.sharding(axes, leaf.shape)
+
+    return _nested({path: place(leaf) for path, leaf in _stacked(config).items()})
+
+
+def init_params(config: ModelConfig, key: jax.Array, layout: Layout = Layout(), dtype: Any = jnp.float32) -> Params:  # noqa: B008
+    """Fresh parameters in the stacked form; each device makes only its own shard.
+
+    A parameter's values depend on the key and its per-layer name alone: not on the mesh, nor on the segmentation.
+    """
+
+    def one(name: str, key: jax.Array) -> jax.Array:
+        spec = _schema(config)[name]
+        return spec.initializer(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, jnp.float32)
+
+    def initialise(key: jax.Array) -> Params:
+        leaves = {}
+        for path, leaf in _stacked(config).items():
+            if leaf.stacked:
+                hashes = jnp.asarray([zlib.crc32(n.encode()) for n in leaf.members], jnp.uint32)
+                keys = jax.vmap(lambda h: jax.random.fold_in(key, h))(hashes)
+                values = jax.vmap(lambda k, spec=leaf.spec: spec.initializer(k, spec.shape, jnp.float32))(keys)
+            else:
+                values = one(leaf.members[0], key)
+            leaves[path] = values.astype(dtype)
+        return _nested(leaves)
+
+    return jax.jit(initialise, out_shardings=param_shardings(config, layout))(key)
+
+
+def stack(config: ModelConfig, per_layer: Mapping[str, Any]) -> Params:
+    """From the per-layer view to the stacked form; the inverse of `unstack`. Raises on missing or extra names."""
+    missing = [n for n in _schema(config) if n not in per_layer]
+    extra = [n for n in per_layer if n not in _schema(config)]
+    if missing or extra:
+        raise ValueError(
+            f"the parameters do not match the model: missing {missing[:5]} ({len(missing)}), not in the model "
+            f"{extra[:5]} ({len(extra)}); give exactly the names of schema(config), like {_examples(config)}."
+        )
+    return _nested(
+        {
+            path: jnp.stack([per_layer[n] for n in leaf.members]) if leaf.stacked else per_layer[leaf.members[0]]
+            for path, leaf in _stacked(config).items()
+        }
+    )
+
+
+def unstack(config: ModelConfig, params: Params) -> dict[str, Any]:
+    """From the stacked form to the per-layer view, names in the model's order."""
+    flat = {}
+    for name in _schema(config):
+        path, index = locate(config, name)
+        leaf = _leaf(params, path)
+        flat[name] = leaf if index is None else leaf[index]
+    return flat
+
+
+def take_layers(config: ModelConfig, params: Params, kept: tuple[int, ...]) -> tuple[ModelConfig, Params]:
+    """The model with only the layers `kept` (increasing indices), whatever segments it had and then has."""
+    smaller = config.keep_layers(kept)
+    flat = unstack(config, params)
+    taken = {}
+    for name in _schema(smaller):
+        first, *rest = name.split(".")
+        source = ".".join(("layers", str(kept[int(rest[0])]), *rest[1:])) if first == "layers" else name
+        taken[name] = flat[source]
+    return smaller, stack(smaller, taken)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """How many numbers the model has; a tied head is counted once."""
+    return sum(math.prod(spec.shape) for spec in _schema(config).values())
+
+
+def _examples(config: ModelConfig) -> str:
+    names = list(_schema(config))
+    return ", ".join(repr(n) for n in names[:3])
