@@ -1,0 +1,284 @@
+"""From a data config to batches: the loader that a training run draws from, and its exact state."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import queue
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.data.packing import LongDocuments, Statistics, to_arrays
+from jaxdistill.data.paths import source_at
+from jaxdistill.data.shards import DocumentStreams, RowSettings, VirtualShard
+from jaxdistill.data.sources import ArrayRecord, Concatenated, JsonLines, Parquet, PlainText
+from jaxdistill.data.tfds_source import Tfds, TfdsDirectory
+from jaxdistill.data.tokenize import DocumentTokenizer
+from jaxdistill.tokenizers.base import Tokenizer
+
+AnySource = JsonLines | PlainText | Parquet | ArrayRecord | Concatenated | Tfds | TfdsDirectory
+
+STATE_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """A source of a mixture; `weight` is its share of the documents drawn, relative to the other weights."""
+
+    source: AnySource
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight is {self.weight}; give a positive number, or leave the source out.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run trains on and how text becomes batches. Give `path`, or `sources`."""
+
+    path: str | None = None
+    """A .jsonl, .txt, .parquet or .array_record file, a directory of them, or a TFDS directory."""
+    field: str = "text"
+    """The key or column of the text, for `path`."""
+    split: str = "train"
+    """The split, where `path` is a TFDS directory."""
+    sources: tuple[Weighted, ...] = ()
+    """A mixture, instead of `path`; each source is reshuffled every epoch."""
+    length: int = 512
+    """Positions in a row."""
+    batch_size: int = 8
+    """Rows in a global batch."""
+    virtual_shards: int | None = None
+    """Independent streams of documents; a divisor of batch_size and a multiple of the number of processes. None: the
+    largest divisor of batch_size up to 64. Runs resume on any number of processes that divides it."""
+    seed: int = 0
+    long_documents: LongDocuments = "split"
+    """What happens to a document longer than a row: consecutive segments, the beginning only, or nothing of it."""
+    append_eos: bool | None = None
+    """End plain documents and completions with the end-of-sequence token. None: if the tokenizer has one."""
+    prepend_bos: bool = False
+    """Begin plain documents and prompts with the beginning-of-sequence token."""
+    pack: bool = True
+    """Put several documents into a row, each its own segment."""
+    open_rows: int = 4
+    """Rows that packing keeps open to fill; more waste less padding and hold more documents back."""
+    prefetch_batches: int = 2
+    """Batches made ahead, in a thread."""
+
+    def __post_init__(self):
+        for name in ("length", "batch_size", "open_rows", "prefetch_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DataConfig.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.path is not None and self.sources:
+            raise ValueError("DataConfig.path and DataConfig.sources are both given; give one of them.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"DataConfig.seed is {self.seed}; it must be between 0 and 2^32 - 1.")
+        if self.long_documents not in ("split", "truncate", "drop"):
+            raise ValueError(
+                f"DataConfig.long_documents is {self.long_documents!r}; use 'split', 'truncate' or 'drop'."
+            )
+        if self.virtual_shards is not None and (self.virtual_shards < 1 or self.batch_size % self.virtual_shards):
+            raise ValueError(
+                f"DataConfig.virtual_shards is {self.virtual_shards}, which does not divide batch_size "
+                f"{self.batch_size}. Allowed are {_divisors(self.batch_size)}; leave it out for "
+                f"{_largest_divisor(self.batch_size)}."
+            )
+
+    @property
+    def shards(self) -> int:
+        """The number of virtual shards, resolved."""
+        return self.virtual_shards if self.virtual_shards is not None else _largest_divisor(self.batch_size)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _largest_divisor(number: int) -> int:
+    return max(divisor for divisor in _divisors(number) if divisor <= 64)
+
+
+def make_loader(config: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1) -> Loader:
+    """Opens the data and returns this process's part of the batches, from the beginning.
+
+    Concatenated in the order of processes, the parts are the global batch, whatever the number of processes. Raises
+    `DataError` for unusable data and `ValueError` for a number of processes that does not divide the virtual shards.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index} of {process_count} processes; it counts from 0.")
+    if config.shards % process_count:
+        raise ValueError(
+            f"{process_count} processes do not divide {config.shards} virtual shards (batch_size "
+            f"{config.batch_size}). Legal numbers of processes are {_divisors(config.shards)}; or set virtual_shards "
+            "to a multiple of the processes that divides batch_size."
+        )
+    if config.path is not None:
+        mixture = (Weighted(source_at(config.path, field=config.field, split=config.split)),)
+    elif config.sources:
+        mixture = config.sources
+    else:
+        raise ValueError("no data: give DataConfig.path (a file or directory) or DataConfig.sources.")
+    append_eos = tokenizer.special.eos is not None if config.append_eos is None else config.append_eos
+    tokenize = DocumentTokenizer(tokenizer, prepend_bos=config.prepend_bos, append_eos=append_eos)
+    opened = [(part.source.open(), part.source.field) for part in mixture]
+    streams = DocumentStreams(opened, [part.weight for part in mixture], virtual_shards=config.shards, seed=config.seed)
+    settings = RowSettings(
+        length=config.length, long_documents=config.long_documents, pack=config.pack, open_rows=config.open_rows
+    )
+    share = config.shards // process_count
+    shards = [
+        VirtualShard(index, streams, tokenize, settings)
+        for index in range(process_index * share, (process_index + 1) * share)
+    ]
+    decided = ("length", "batch_size", "seed", "long_documents", "prepend_bos", "pack", "open_rows")
+    fingerprint = {name: getattr(config, name) for name in decided} | {
+        "virtual_shards": config.shards,
+        "append_eos": append_eos,
+        "tokenizer": tokenizer.fingerprint,
+        "chat_template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16],
+        "data": [[records.fingerprint, part.weight] for (records, _), part in zip(opened, mixture, strict=True)],
+    }
+    first = process_index * share
+    return Loader(shards, first, config, fingerprint)
+
+
+class Loader:
+    """Endless batches of this process's rows, made ahead in a thread, with the state of what was consumed.
+
+    A batch is a dict of the fields of `types.Batch` as NumPy arrays [rows, length]. Make one with `make_loader`.
+    """
+
+    def __init__(self, shards: list[VirtualShard], first: int, config: DataConfig, fingerprint: dict[str, Any]):
+        self._shards, self._first, self._config, self._fingerprint = shards, first, config, fingerprint
+        self._batches = 0
+        self._consumed = [shard.state() for shard in shards]
+        self._worker: _Worker | None = None
+        self._closed = False
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._closed:
+            raise RuntimeError("the loader is closed; make a new one and `restore` its state to continue.")
+        if self._worker is None:
+            rows_per_shard = self._config.batch_size // self._config.shards
+            self._worker = _Worker(self._shards, rows_per_shard, self._config.length, self._config.prefetch_batches)
+            weakref.finalize(self, self._worker.stop)
+        batch, self._consumed = self._worker.get()
+        self._batches += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where this process is after the last batch it gave out, as JSON; `merge_states` joins those of all."""
+        shards = {str(self._first + index): state for index, state in enumerate(self._consumed)}
+        return {
+            "format": STATE_FORMAT,
+            "batches": self._batches,
+            "fingerprint": self._fingerprint,
+            "shards": shards,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues after the last batch of a state, whichever number of processes saved it.
+
+        state: that of all processes (`merge_states`). Refused, with nothing changed, if the config, tokenizer or data
+        differ from the saved ones or a virtual shard of this process is missing.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise ValueError(f"data state has format {state.get('format')!r}; this version reads {STATE_FORMAT}.")
+        differences = [
+            f"{name}: saved {state['fingerprint'].get(name)!r}, now {self._fingerprint.get(name)!r}"
+            for name in sorted({*state["fingerprint"], *self._fingerprint})
+            if state["fingerprint"].get(name) != self._fingerprint.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                "the data state belongs to other data or settings, so its order cannot be continued:\n  "
+                + "\n  ".join(differences)
+                + "\nRestore these, or start the data anew without a state."
+            )
+        wanted = [str(self._first + index) for index in range(len(self._shards))]
+        missing = [name for name in wanted if name not in state["shards"]]
+        if missing:
+            raise ValueError(
+                f"the data state lacks virtual shards {', '.join(missing)} of this process; it has "
+                f"{', '.join(sorted(state['shards'], key=int))}. Join the states of all processes with `merge_states`."
+            )
+        self.close()
+        for name, shard in zip(wanted, self._shards, strict=True):
+            shard.restore(state["shards"][name])
+        self._batches = state["batches"]
+        self._consumed = [shard.state() for shard in self._shards]
+        self._closed = False
+
+    @property
+    def statistics(self) -> Statistics:
+        """What became of this process's documents, up to the last batch it gave out."""
+        return sum((Statistics(**state["statistics"]) for state in self._consumed), Statistics())
+
+    def close(self) -> None:
+        """Stops the thread. What it made ahead is dropped, so only `restore` makes the loader usable again."""
+        self._closed = True
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
+
+def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The states of all processes after the same batch as one, which any number of processes restores."""
+    states = list(states)
+    first = states[0]
+    for state in states[1:]:
+        for name in ("format", "batches", "fingerprint"):
+            if state[name] != first[name]:
+                raise ValueError(
+                    f"the data states of two processes differ in {name}: {first[name]!r} and {state[name]!r}. "
+                    "Take them after the same batch of the same run."
+                )
+    shards = {name: shard for state in states for name, shard in state["shards"].items()}
+    return first | {"shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
+
+
+class _Worker:
+    """The thread that makes batches ahead. Each comes with the shards' states right after it."""
+
+    def __init__(self, shards: list[VirtualShard], rows_per_shard: int, length: int, prefetch_batches: int):
+        self._stopped = threading.Event()
+        self._queue: queue.Queue[Any] = queue.Queue(prefetch_batches)
+        self._failure: BaseException | None = None
+
+        def work():
+            try:
+                while not self._stopped.is_set():
+                    rows = [shard.next_row() for shard in shards for _ in range(rows_per_shard)]
+                    self._put((to_arrays(rows, length), [shard.state() for shard in shards]))
+            except BaseException as error:
+                self._put(error)
+
+        self._thread = threading.Thread(target=work, name="data", daemon=True)
+        self._thread.start()
+
+    def _put(self, item: Any) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def get(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+        if self._failure is None:
+            item = self._queue.get()
+            if not isinstance(item, BaseException):
+                return item
+            self._failure = item
+        raise self._failure
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()

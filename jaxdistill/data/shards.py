@@ -1,0 +1,173 @@
+"""Virtual shards: each has its own document order and packing, and feeds fixed rows of every global batch.
+
+Which process computes a shard does not change what it holds, so any number of processes gives the same global batches.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.data.packing import FirstFit, LongDocuments, Piece, Row, Statistics, count_row, cut
+from jaxdistill.data.sources import Record, Records
+from jaxdistill.data.tokenize import DocumentTokenizer, Tokenized
+
+# 2^64 divided by the golden ratio: multiples of it fill the circle as evenly as any sequence can.
+_GOLDEN_STEP = 0x9E3779B97F4A7C15
+_CIRCLE = 1 << 64
+_LOOKAHEAD = 16
+
+
+class DocumentStreams:
+    """Endless shuffled streams, one for each source, dealt out to the virtual shards like cards.
+
+    Each epoch of a source is one permutation of the whole (Grain's index shuffle, so nothing is held in memory); shard
+    v of V takes its positions v, v + V, v + 2V, ... So every document belongs to one shard per epoch, to another in
+    the next, and with fewer documents than shards a shard simply meets a document in some epochs only.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Records, str]],
+        weights: Sequence[float],
+        *,
+        virtual_shards: int,
+        seed: int,
+    ):
+        import grain
+
+        self._fields = [field for _, field in sources]
+        self._virtual_shards = virtual_shards
+        self._starts = [
+            int(np.random.SeedSequence([seed, shard]).generate_state(1, np.uint64)[0])
+            for shard in range(virtual_shards)
+        ]
+        self.documents = sum(len(records) for records, _ in sources)
+        # Grain adds the epoch to the seed: unrelated seeds keep the sources' permutations apart.
+        seeds = np.random.SeedSequence(seed).generate_state(len(sources)).tolist()
+        self._streams: list[Any] = [
+            grain.MapDataset.source(records).shuffle(seed=each).repeat()
+            for (records, _), each in zip(sources, seeds, strict=True)
+        ]
+        total = sum(weights)
+        self._bounds = [int(bound / total * _CIRCLE) for bound in itertools.accumulate(weights)]
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def source_of(self, shard: int, draw: int) -> int:
+        """Which source a shard's draw comes from: shares follow the weights, evenly from the first draws on."""
+        point = (self._starts[shard] + draw * _GOLDEN_STEP) % _CIRCLE
+        return next((source for source, bound in enumerate(self._bounds) if point < bound), len(self) - 1)
+
+    def record(self, shard: int, source: int, taken: int) -> tuple[Record, str]:
+        """The document that a shard takes as number `taken` of a source, and the field of its text."""
+        return self._streams[source][shard + taken * self._virtual_shards], self._fields[source]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """How documents become rows."""
+
+    length: int
+    long_documents: LongDocuments
+    pack: bool
+    open_rows: int
+
+
+class VirtualShard:
+    """One shard's place in its documents, its open rows, and the rows that are ready.
+
+    A state holds names of documents, not tokens: how many were taken of each source, and the pieces of open and ready
+    rows as (source, number taken, start, stop).
+    """
+
+    def __init__(self, index: int, streams: DocumentStreams, tokenize: DocumentTokenizer, settings: RowSettings):
+        self._index, self._streams, self._tokenize, self._settings = index, streams, tokenize, settings
+        self._packed = [0] * len(streams)
+        self._ahead: collections.deque[tuple[int, int, Tokenized]] = collections.deque()
+        self._packer = self._new_packer([])
+        self._ready: collections.deque[Row] = collections.deque()
+        self.statistics = Statistics()
+
+    def next_row(self) -> Row:
+        """The next row of this shard."""
+        fruitless = 0
+        while not self._ready:
+            fruitless = 0 if self._take() else fruitless + 1
+            if fruitless > self._streams.documents + 1000:
+                raise ValueError(
+                    f"{fruitless} documents in a row gave nothing to learn from (shard {self._index}: "
+                    f"{self.statistics}). Give longer texts, conversations with an assistant's turn, or other than "
+                    "'drop' for documents longer than `length`."
+                )
+        row = self._ready.popleft()
+        self.statistics += count_row(row, self._settings.length)
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """Where this shard is, as JSON."""
+
+        def names(rows):
+            return [[[*piece.origin, piece.start, piece.stop] for piece in row] for row in rows]
+
+        return {
+            "taken": list(self._packed),
+            "open": names(self._packer.rows),
+            "ready": names(self._ready),
+            "statistics": dataclasses.asdict(self.statistics),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where a state says; documents of unfinished rows are read and tokenized again."""
+        rows = [*state["open"], *state["ready"]]
+        names = sorted({(source, taken) for row in rows for source, taken, _, _ in row})
+        documents = dict(zip(names, self._documents(names), strict=True))
+
+        def pieces(rows):
+            return [[Piece(documents[s, taken], start, stop, (s, taken)) for s, taken, start, stop in r] for r in rows]
+
+        self._packed = list(state["taken"])
+        self._ahead.clear()
+        self._packer = self._new_packer(pieces(state["open"]))
+        self._ready = collections.deque(pieces(state["ready"]))
+        self.statistics = Statistics(**state["statistics"])
+
+    def _new_packer(self, rows: list[Row]) -> FirstFit:
+        return FirstFit(length=self._settings.length, open_rows=self._settings.open_rows, rows=rows)
+
+    def _documents(self, names: Sequence[tuple[int, int]]) -> list[Tokenized]:
+        read = [self._streams.record(self._index, source, taken) for source, taken in names]
+        return self._tokenize([record for record, _ in read], [field for _, field in read])
+
+    def _look_ahead(self) -> None:
+        """Tokenizes the next documents together. They are not part of the state until they are packed."""
+        taken, names = list(self._packed), []
+        for draw in range(sum(taken), sum(taken) + _LOOKAHEAD):
+            source = self._streams.source_of(self._index, draw)
+            names.append((source, taken[source]))
+            taken[source] += 1
+        documents = self._documents(names)
+        self._ahead.extend((*name, document) for name, document in zip(names, documents, strict=True))
+
+    def _take(self) -> bool:
+        """Packs one more document; False if there was nothing in it."""
+        if not self._ahead:
+            self._look_ahead()
+        source, taken, document = self._ahead.popleft()
+        self._packed[source] += 1
+        pieces, counted = cut(
+            document,
+            length=self._settings.length,
+            long_documents=self._settings.long_documents,
+            origin=(source, taken),
+        )
+        self.statistics += counted
+        for piece in pieces:
+            self._ready.extend(self._packer.add(piece) if self._settings.pack else [[piece]])
+        return bool(pieces)
