@@ -14,8 +14,17 @@ from jaxdistill.specs import LinearScaling, Llama3Scaling, Rope
 RopeTable = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
 """Cosines and sines of every position's rotation angles, float32."""
 
-QUERY_BLOCK = 256
-"""Queries per block. Keys behind a block's last query are never touched, so smaller blocks do less work in vain."""
+QUERY_BLOCK = 128
+MAX_BLOCKS = 16
+
+
+def query_block(length: int) -> int:
+    """Queries per block of `causal_attention`.
+
+    Keys behind a block's last query are never touched, so smaller blocks do less work in vain (and 128 is a tile of
+    every matrix unit); their number is bounded because each is a piece of program of its own.
+    """
+    return max(QUERY_BLOCK, -(-length // MAX_BLOCKS))
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -55,8 +64,8 @@ def rotate(
 
 def attend(
     query: Float[Array, "batch queries heads head_dim"],
-    key: Float[Array, "batch keys kv_heads head_dim"],
-    value: Float[Array, "batch keys kv_heads head_dim"],
+    key: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys head_dim"],
     *,
     query_segments: Int[Array, "batch queries"],
     key_segments: Int[Array, "batch keys"],
@@ -70,14 +79,19 @@ def attend(
     Softmax in float32.
     """
     batch, queries, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    kv_heads, keys = key.shape[1:3]
+    group = heads // kv_heads
+    # All queries of one key-value head make one matrix: large products, and no copy of the keys per query head.
+    folded = query.reshape(batch, queries, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    folded = folded.reshape(batch, kv_heads, group * queries, head_dim)
     visible = key_segments[:, None, :] == query_segments[:, :, None]
-    visible &= jnp.arange(key.shape[1]) <= jnp.arange(queries)[:, None] + query_offset
-    scores = jnp.einsum("bqngd,bknd->bngqk", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bngqk,bknd->bqngd", weights, value).reshape(query.shape)
+    visible &= jnp.arange(keys) <= jnp.arange(queries)[:, None] + query_offset
+    scores = jnp.einsum("bnqd,bnkd->bnqk", folded, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = scores.reshape(batch, kv_heads, group, queries, keys)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = weights.astype(value.dtype).reshape(batch, kv_heads, group * queries, keys)
+    mixed = jnp.einsum("bnqk,bnkd->bnqd", weights, value).reshape(batch, kv_heads, group, queries, head_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
 def causal_attention(
@@ -86,21 +100,21 @@ def causal_attention(
     value: Float[Array, "batch length kv_heads head_dim"],
     segment_ids: Int[Array, "batch length"],
     *,
-    query_block: int = QUERY_BLOCK,
+    query_block: int,
 ) -> Float[Array, "batch length heads head_dim"]:
     """`attend` of whole rows to themselves, in blocks of queries, each against only the keys up to its end."""
     length = query.shape[1]
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     blocks = []
     for start in range(0, length, query_block):
         end = min(start + query_block, length)
-        blocks.append(
-            attend(
-                query[:, start:end],
-                key[:, :end],
-                value[:, :end],
-                query_segments=segment_ids[:, start:end],
-                key_segments=segment_ids[:, :end],
-                query_offset=start,
-            )
+        block = attend(
+            query[:, start:end],
+            key[:, :, :end],
+            value[:, :, :end],
+            query_segments=segment_ids[:, start:end],
+            key_segments=segment_ids[:, :end],
+            query_offset=start,
         )
+        blocks.append(block)
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)

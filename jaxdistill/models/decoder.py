@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.models.attention import RopeTable, attend, causal_attention, rope_table
+from jaxdistill.models.attention import RopeTable, attend, causal_attention, query_block, rope_table
 from jaxdistill.models.modules import Attend, Block, Context, RMSNorm
 from jaxdistill.models.schema import segment_bounds
 from jaxdistill.sharding import Layout
@@ -41,7 +41,7 @@ class Execution:
     activation_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of activations and of the products with parameters; norms and softmax are always float32."""
     remat: Remat = "none"
-    """What the forward pass keeps for the backward pass: "none" recomputes nothing; "dots" keeps the results of
+    """What is recomputed in the backward pass: "none" keeps all but attention weights; "dots" keeps the results of
     products with parameters and recomputes the rest; "block" keeps only each block's input."""
 
     @property
@@ -75,7 +75,7 @@ class Rows:
 class Cache:
     """Keys and values of the slots filled so far, per segment of layers.
 
-    keys, values: {segment: [layers, batch, slots, kv_heads, head_dim]}. segment_ids: [batch, slots], 0 where a slot
+    keys, values: {segment: [layers, batch, kv_heads, slots, head_dim]}. segment_ids: [batch, slots], 0 where a slot
     is empty or padding. used: how many slots are filled; all rows fill the same slots, shorter ones with padding.
     """
 
@@ -90,7 +90,7 @@ def apply(
     params: Params,
     rows: TokenRows,
     *,
-    layout: Layout = Layout(),  # noqa: B008
+    layout: Layout = Layout(),
     execution: Execution = Execution(),
     taps: Mapping[str, Tap] | None = None,
 ) -> Outputs:
@@ -102,12 +102,7 @@ def apply(
     """
     taps = dict(taps or {})
     _check_taps(config, taps)
-    query_block = {} if layout.split("length") == 1 else {"query_block": rows.tokens.shape[1]}
-
-    def attend_rows(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        return causal_attention(query, key, value, rows.segment_ids, **query_block), None
-
-    context = _context(config, rows, attend_rows, layout, execution)
+    context = _context(config, rows, _row_attention(rows, layout, execution), layout, execution)
     mask = (rows.segment_ids > 0).astype(jnp.float32)
     x = _embed(params, rows.tokens, layout, execution)
     seen: dict[str, list[Any]] = {name: [] for name in taps}
@@ -125,18 +120,21 @@ def apply(
     return Outputs(hidden=hidden, head=head_of(config, params), taps={n: _concatenate(n, r) for n, r in seen.items()})
 
 
+CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
+
+
 def init_cache(
     config: ModelConfig,
     batch: int,
     slots: int,
     *,
-    layout: Layout = Layout(),  # noqa: B008
+    layout: Layout = Layout(),
     execution: Execution = Execution(),
 ) -> Cache:
     """An empty cache for `batch` rows of up to `slots` tokens, in the activation dtype."""
 
     def zeros(size: int, spec: LayerSpec) -> Array:
-        shape = (size, batch, slots, spec.mixer.kv_heads, spec.mixer.head_dim)
+        shape = (size, batch, spec.mixer.kv_heads, slots, spec.mixer.head_dim)
         return layout.constrain(jnp.zeros(shape, execution.dtype), CACHE_AXES)
 
     return Cache(
@@ -147,16 +145,13 @@ def init_cache(
     )
 
 
-CACHE_AXES = ("layers", "batch", None, "kv_heads", None)
-
-
 def apply_cached(
     config: ModelConfig,
     params: Params,
     rows: TokenRows,
     cache: Cache,
     *,
-    layout: Layout = Layout(),  # noqa: B008
+    layout: Layout = Layout(),
     execution: Execution = Execution(),
 ) -> tuple[Outputs, Cache]:
     """Continue rows: the new tokens fill the next slots and see themselves and what the cache holds.
@@ -169,7 +164,8 @@ def apply_cached(
 
     def attend_cached(query: Array, key: Array, value: Array, keys: Array, values: Array, layer: Array):
         def write(memory: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice(memory, new[None].astype(memory.dtype), (layer, 0, start, 0, 0))
+            new = new.transpose(0, 2, 1, 3)[None].astype(memory.dtype)
+            return jax.lax.dynamic_update_slice(memory, new, (layer, 0, 0, start, 0))
 
         keys, values = write(keys, key), write(values, value)
         heads = attend(
@@ -224,6 +220,17 @@ def _context(config: ModelConfig, rows: TokenRows, attend: Attend, layout: Layou
         if kind not in ropes:
             ropes[kind] = rope_table(*kind, rows.positions)
     return Context(ropes=ropes, attend=attend, layout=layout, dtype=execution.dtype)
+
+
+def _row_attention(rows: TokenRows, layout: Layout, execution: Execution) -> Attend:
+    length = rows.tokens.shape[1]
+    # Blocks are cut out of the row: not when the row itself is spread over devices.
+    block = query_block(length) if layout.split("length") == 1 else length
+    attention = functools.partial(causal_attention, query_block=block)
+    if execution.remat == "none":
+        # Attention weights [heads, length, length] would outweigh all else that is kept, and cost little to redo.
+        attention = jax.checkpoint(attention, prevent_cse=False)
+    return lambda query, key, value: (attention(query, key, value, rows.segment_ids), None)
 
 
 def _embed(params: Params, tokens: Array, layout: Layout, execution: Execution) -> Array:

@@ -157,7 +157,7 @@ def param_shardings(config: ModelConfig, layout: Layout) -> Params:
     return _nested({path: place(leaf) for path, leaf in _stacked(config).items()})
 
 
-def init_params(config: ModelConfig, key: jax.Array, layout: Layout = Layout(), dtype: Any = jnp.float32) -> Params:  # noqa: B008
+def init_params(config: ModelConfig, key: jax.Array, layout: Layout = Layout(), dtype: Any = jnp.float32) -> Params:
     """Fresh parameters in the stacked form; each device makes only its own shard.
 
     A parameter's values depend on the key and its per-layer name alone: not on the mesh, nor on the segmentation.
