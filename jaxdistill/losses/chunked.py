@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,7 +70,11 @@ def evaluate_terms(
         chunk=chunk,
         places=_places(layout, teacher_layout or layout, student, teacher),
     )
-    learned = {"hidden": student.hidden, "head": student.head, "parameters": {k: dict(v) for k, v in parameters.items()}}
+    learned = {
+        "hidden": student.hidden,
+        "head": student.head,
+        "parameters": {k: dict(v) for k, v in parameters.items()},
+    }
     given = {
         "teacher": None if teacher is None else {"hidden": teacher.hidden, "head": teacher.head},
         "targets": targets,
@@ -88,6 +93,12 @@ def term_coefficients(
     """Each term's weight at this step ÷ the number of supervised positions of the whole global step (0 if none)."""
     share = jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))
     return {name: jnp.float32(t.weight(step) if callable(t.weight) else t.weight) * share for name, t in terms.items()}
+
+
+def default_chunk(vocab: int) -> int:
+    """Positions to score at once on a device that holds `vocab` rows of the head: as many as cost at most 2²³ scores
+    (32 MiB in float32), and 128 at the most, where a product no longer gains from more rows (tools/bench_step.py)."""
+    return max(16, min(128, 2 ** int(math.log2(2**23 / vocab))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +188,7 @@ def _on_mesh(plan: _Plan, scan: Callable, learned: Any, given: Any) -> Any:
     }
     teacher = given["teacher"]
     given_specs = {
-        "teacher": teacher
-        and {"hidden": places.tokens, "head": head_spec(teacher["head"], places.teacher_embed_axes)},
+        "teacher": teacher and {"hidden": places.tokens, "head": head_spec(teacher["head"], places.teacher_embed_axes)},
         "targets": places.tokens,
         "mask": places.tokens,
         "coefficients": whole,

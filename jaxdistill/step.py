@@ -1,0 +1,187 @@
+"""Pure train and evaluation steps: (state, frozen, teacher, batch) → (state, metrics). No I/O, no clock, no config.
+
+A model enters as a function `(params, batch) → Outputs`; the steps know nothing else of it. The teacher's parameters
+are an argument: never a closure (they would be baked into the program), never optimised, never checkpointed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxdistill import partition
+from jaxdistill.losses.chunked import evaluate_terms, term_coefficients
+from jaxdistill.losses.terms import Parameterized, Term
+from jaxdistill.sharding import BATCH_AXES, Layout
+from jaxdistill.types import Batch, Mean, Outputs, Params, TrainState
+
+Apply = Callable[[Params, Batch], Outputs]
+TrainStep = Callable[[TrainState, Params, Params | None, Batch], tuple[TrainState, dict[str, Any]]]
+
+
+def init_state(
+    student: Params,
+    terms: Mapping[str, Term],
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    key: Any,
+    student_embed: int,
+    teacher_embed: int,
+) -> TrainState:
+    """The state before the first step. student: the trainable leaves alone (see `partition.split`)."""
+    objective = {
+        name: term.parameters(jax.random.fold_in(key, index), student_embed=student_embed, teacher_embed=teacher_embed)
+        for index, (name, term) in enumerate(terms.items())
+        if isinstance(term, Parameterized)
+    }
+    params = {"student": student, "objective": objective}
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        rng=key,
+        skipped=jnp.zeros(2, jnp.int32),
+    )
+
+
+def state_shardings(
+    state: TrainState, student: Params, layout: Layout, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Where a state lives: optimizer moments beside their parameters, everything else on all devices.
+
+    state: real or abstract. student: the shardings of the trainable leaves.
+    """
+    whole = layout.replicated()
+    params = {"student": student, "objective": jax.tree.map(lambda _: whole, state.params["objective"])}
+    moments = optax.tree_map_params(
+        optimizer, lambda _, place: place, state.opt_state, params, transform_non_params=lambda _: whole
+    )
+    return TrainState(step=whole, params=params, opt_state=moments, rng=whole, skipped=whole)
+
+
+def make_train_step(
+    student: Apply,
+    teacher: Apply | None,
+    terms: Mapping[str, Term],
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    chunk: int,
+    accumulate: int = 1,
+    layout: Layout = Layout(),
+    teacher_layout: Layout | None = None,
+    gradient_shardings: Any = None,
+) -> TrainStep:
+    """One optimizer step on one global batch, as a pure function to be jitted with the state donated.
+
+    accumulate: into how many micro-batches the rows are split. The result does not depend on it: every sum is divided
+    by the count of the whole batch. gradient_shardings: where accumulated gradients live (the shardings of
+    `state.params`); None leaves it to the compiler. A step whose loss or gradient is not finite changes nothing but
+    `step` and `skipped`.
+
+    Metrics: "loss"; "terms", a `Mean` per term; "gradient_norm" before clipping; "skipped" (1 or 0).
+    """
+
+    def gradients(params, frozen, teacher_params, batch: Batch, coefficients, step):
+        signal = None if teacher is None else jax.lax.stop_gradient(teacher(teacher_params, batch))
+
+        def loss(params):
+            return evaluate_terms(
+                terms,
+                student(partition.merge(params["student"], frozen), batch),
+                signal,
+                targets=batch.targets,
+                loss_mask=batch.loss_mask,
+                coefficients=coefficients,
+                parameters=params["objective"],
+                step=step,
+                chunk=chunk,
+                layout=layout,
+                teacher_layout=teacher_layout,
+            )
+
+        (value, means), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return _placed((value, means, grads), gradient_shardings)
+
+    def train_step(state, frozen, teacher_params, batch):
+        coefficients = term_coefficients(terms, batch.loss_mask.sum(), state.step)
+
+        def micro(rows: Batch):
+            return gradients(state.params, frozen, teacher_params, rows, coefficients, state.step)
+
+        loss, means, grads = _accumulated(micro, batch, accumulate, layout)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        skipped = 1 - finite.astype(jnp.int32)
+        counts = jnp.stack([jnp.where(finite, 0, state.skipped[0] + 1), state.skipped[1] + skipped])
+        metrics = {"loss": loss, "terms": means, "gradient_norm": norm, "skipped": skipped}
+        return TrainState(state.step + 1, params, opt_state, state.rng, counts), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    student: Apply,
+    teacher: Apply | None,
+    terms: Mapping[str, Term],
+    *,
+    chunk: int,
+    layout: Layout = Layout(),
+    teacher_layout: Layout | None = None,
+) -> Callable[[Params, Params | None, Batch], dict[str, Mean]]:
+    """(student parameters, teacher parameters, batch) → a `Mean` per term, without gradients."""
+
+    def eval_step(params, teacher_params, batch):
+        _, means = evaluate_terms(
+            terms,
+            student(params, batch),
+            None if teacher is None else teacher(teacher_params, batch),
+            targets=batch.targets,
+            loss_mask=batch.loss_mask,
+            coefficients=dict.fromkeys(terms, jnp.float32(0)),
+            parameters={},
+            step=jnp.int32(0),
+            chunk=chunk,
+            layout=layout,
+            teacher_layout=teacher_layout,
+        )
+        return means
+
+    return eval_step
+
+
+def _accumulated(micro: Callable[[Batch], Any], batch: Batch, accumulate: int, layout: Layout) -> Any:
+    """The sum of `micro` over micro-batches, one at a time."""
+    if accumulate == 1:
+        return micro(batch)
+    rows = batch.tokens.shape[0]
+    if accumulate < 1 or rows % accumulate:
+        raise ValueError(f"{rows} rows cannot be split into {accumulate} micro-batches; use a divisor of {rows}.")
+
+    def split(x: Array) -> Array:
+        # Every accumulate-th row: a device keeps the rows it has, whatever the mesh.
+        x = x.reshape(rows // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return layout.constrain(x, (None, *BATCH_AXES))
+
+    parts = jax.tree.map(split, batch)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts))
+    )
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, micro(part)), None), zeros, parts)
+    return total
+
+
+def _placed(results: tuple[Float[Array, ""], Any, Any], shardings: Any) -> Any:
+    if shardings is None:
+        return results
+    value, means, grads = results
+    return value, means, jax.lax.with_sharding_constraint(grads, shardings)
