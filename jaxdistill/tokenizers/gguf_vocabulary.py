@@ -134,9 +134,7 @@ def _sentencepiece(
         # Converters write user-defined runs of spaces as spaces; the model holds them escaped.
         proto.pieces.add(piece=token.replace(" ", "▁"), score=score, type=kind)
     proto.trainer_spec.model_type = Trainer.BPE
-    proto.trainer_spec.byte_fallback = any(
-        kind == sentencepiece_model_pb2.ModelProto.SentencePiece.BYTE for kind in types
-    )
+    proto.trainer_spec.byte_fallback = BYTE in types
     for role, index in (("bos", special.bos), ("eos", special.eos), ("pad", special.pad), ("unk", unknown)):
         setattr(proto.trainer_spec, f"{role}_id", -1 if index is None else index)
         if index is not None:

@@ -84,11 +84,13 @@ def _decoders(settings: Any) -> list[dict[str, Any]]:
 def _bpe(proto: Any) -> dict[str, Any]:
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == Piece.NORMAL}
     merges = [
-        (-score, len(left), left, token[len(left) :])
+        (-score, -len(left), left, token[len(left) :])
         for token, score in scores.items()
         for left in (token[:cut] for cut in range(1, len(token)))
         if left in scores and token[len(left) :] in scores
     ]
+    # Among equal scores (Llama's runs of spaces) the library merges leftmost first: it grows one run to its full length
+    # before the next. Ranks express this by putting the longest left part first.
     merges.sort(key=lambda merge: merge[:2])
     return {
         "type": "BPE",
