@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import queue
-import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from jaxdistill.data.packing import LongDocuments, Statistics, to_arrays
+from jaxdistill.data.packing import LongDocuments, Statistics
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.shards import DocumentStreams, RowSettings, VirtualShard
 from jaxdistill.data.sources import ArrayRecord, Concatenated, JsonLines, Parquet, PlainText
@@ -148,40 +146,46 @@ def make_loader(config: DataConfig, tokenizer: Tokenizer, *, process_index: int 
 
 
 class Loader:
-    """Endless batches of this process's rows, made ahead in a thread, with the state of what was consumed.
+    """Endless batches of this process's rows, made ahead in a thread, with the state of what was given out.
 
     A batch is a dict of the fields of `types.Batch` as NumPy arrays [rows, length]. Make one with `make_loader`.
     """
 
     def __init__(self, shards: list[VirtualShard], first: int, config: DataConfig, fingerprint: dict[str, Any]):
-        self._shards, self._first, self._config, self._fingerprint = shards, first, config, fingerprint
-        self._batches = 0
-        self._consumed = [shard.state() for shard in shards]
-        self._worker: _Worker | None = None
-        self._closed = False
+        from jaxdistill.data.batches import ShardBatches, prefetched
+
+        rows_per_shard = config.batch_size // config.shards
+        dataset = ShardBatches(shards, rows_per_shard=rows_per_shard, length=config.length)
+        self._names = [str(first + index) for index in range(len(shards))]
+        self._fingerprint, self._batches = fingerprint, 0
+        self._iterator = prefetched(dataset, config.prefetch_batches)
+        self._failure: Exception | None = None
+        # Without this the thread of a loader that is no longer used would wait for ever.
+        weakref.finalize(self, self._iterator.close)
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._closed:
-            raise RuntimeError("the loader is closed; make a new one and `restore` its state to continue.")
-        if self._worker is None:
-            rows_per_shard = self._config.batch_size // self._config.shards
-            self._worker = _Worker(self._shards, rows_per_shard, self._config.length, self._config.prefetch_batches)
-            weakref.finalize(self, self._worker.stop)
-        batch, self._consumed = self._worker.get()
+        if self._failure is not None:
+            raise self._failure
+        try:
+            batch = next(self._iterator)
+        except Exception as error:
+            # Shards before the failing one are a batch ahead of the others now: there is no going on.
+            self._failure = error
+            raise
         self._batches += 1
         return batch
 
     def state(self) -> dict[str, Any]:
         """Where this process is after the last batch it gave out, as JSON; `merge_states` joins those of all."""
-        shards = {str(self._first + index): state for index, state in enumerate(self._consumed)}
+        places = self._iterator.get_state()["shards"]
         return {
             "format": STATE_FORMAT,
             "batches": self._batches,
             "fingerprint": self._fingerprint,
-            "shards": shards,
+            "shards": dict(zip(self._names, places, strict=True)),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -203,31 +207,24 @@ class Loader:
                 + "\n  ".join(differences)
                 + "\nRestore these, or start the data anew without a state."
             )
-        wanted = [str(self._first + index) for index in range(len(self._shards))]
-        missing = [name for name in wanted if name not in state["shards"]]
+        missing = [name for name in self._names if name not in state["shards"]]
         if missing:
             raise ValueError(
                 f"the data state lacks virtual shards {', '.join(missing)} of this process; it has "
                 f"{', '.join(sorted(state['shards'], key=int))}. Join the states of all processes with `merge_states`."
             )
-        self.close()
-        for name, shard in zip(wanted, self._shards, strict=True):
-            shard.restore(state["shards"][name])
-        self._batches = state["batches"]
-        self._consumed = [shard.state() for shard in self._shards]
-        self._closed = False
+        self._iterator.set_state({"shards": [state["shards"][name] for name in self._names]})
+        self._batches, self._failure = state["batches"], None
 
     @property
     def statistics(self) -> Statistics:
         """What became of this process's documents, up to the last batch it gave out."""
-        return sum((Statistics(**state["statistics"]) for state in self._consumed), Statistics())
+        places = self._iterator.get_state()["shards"]
+        return sum((Statistics(**place["statistics"]) for place in places), Statistics())
 
     def close(self) -> None:
-        """Stops the thread. What it made ahead is dropped, so only `restore` makes the loader usable again."""
-        self._closed = True
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
+        """Stops the thread; the loader gives nothing out any more."""
+        self._iterator.close()
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -243,42 +240,3 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 )
     shards = {name: shard for state in states for name, shard in state["shards"].items()}
     return first | {"shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
-
-
-class _Worker:
-    """The thread that makes batches ahead. Each comes with the shards' states right after it."""
-
-    def __init__(self, shards: list[VirtualShard], rows_per_shard: int, length: int, prefetch_batches: int):
-        self._stopped = threading.Event()
-        self._queue: queue.Queue[Any] = queue.Queue(prefetch_batches)
-        self._failure: BaseException | None = None
-
-        def work():
-            try:
-                while not self._stopped.is_set():
-                    rows = [shard.next_row() for shard in shards for _ in range(rows_per_shard)]
-                    self._put((to_arrays(rows, length), [shard.state() for shard in shards]))
-            except BaseException as error:
-                self._put(error)
-
-        self._thread = threading.Thread(target=work, name="data", daemon=True)
-        self._thread.start()
-
-    def _put(self, item: Any) -> None:
-        while not self._stopped.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def get(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-        if self._failure is None:
-            item = self._queue.get()
-            if not isinstance(item, BaseException):
-                return item
-            self._failure = item
-        raise self._failure
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data.packing import FirstFit, LongDocuments, Piece, Row, Statistics, count_row, cut
+from jaxdistill.data.permutation import permuted
 from jaxdistill.data.sources import Record, Records
 from jaxdistill.data.tokenize import DocumentTokenizer, Tokenized
 
@@ -26,9 +27,9 @@ _LOOKAHEAD = 16
 class DocumentStreams:
     """Endless shuffled streams, one for each source, dealt out to the virtual shards like cards.
 
-    Each epoch of a source is one permutation of the whole (Grain's index shuffle, so nothing is held in memory); shard
-    v of V takes its positions v, v + V, v + 2V, ... So every document belongs to one shard per epoch, to another in
-    the next, and with fewer documents than shards a shard simply meets a document in some epochs only.
+    Each epoch of a source is one permutation of the whole (computed, so nothing is held in memory); shard v of V takes
+    its positions v, v + V, v + 2V, ... So every document belongs to one shard per epoch, to another in the next, and
+    with fewer documents than shards a shard simply meets a document in some epochs only.
     """
 
     def __init__(
@@ -39,26 +40,15 @@ class DocumentStreams:
         virtual_shards: int,
         seed: int,
     ):
-        import grain
-
-        self._fields = [field for _, field in sources]
-        self._virtual_shards = virtual_shards
-        self._starts = [
-            int(np.random.SeedSequence([seed, shard]).generate_state(1, np.uint64)[0])
-            for shard in range(virtual_shards)
-        ]
+        self._sources, self._virtual_shards, self._seed = sources, virtual_shards, seed
+        starts = [np.random.SeedSequence([seed, shard]).generate_state(1, np.uint64) for shard in range(virtual_shards)]
+        self._starts = [int(start[0]) for start in starts]
         self.documents = sum(len(records) for records, _ in sources)
-        # Grain adds the epoch to the seed: unrelated seeds keep the sources' permutations apart.
-        seeds = np.random.SeedSequence(seed).generate_state(len(sources)).tolist()
-        self._streams: list[Any] = [
-            grain.MapDataset.source(records).shuffle(seed=each).repeat()
-            for (records, _), each in zip(sources, seeds, strict=True)
-        ]
         total = sum(weights)
         self._bounds = [int(bound / total * _CIRCLE) for bound in itertools.accumulate(weights)]
 
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self._sources)
 
     def source_of(self, shard: int, draw: int) -> int:
         """Which source a shard's draw comes from: shares follow the weights, evenly from the first draws on."""
@@ -67,7 +57,9 @@ class DocumentStreams:
 
     def record(self, shard: int, source: int, taken: int) -> tuple[Record, str]:
         """The document that a shard takes as number `taken` of a source, and the field of its text."""
-        return self._streams[source][shard + taken * self._virtual_shards], self._fields[source]
+        records, field = self._sources[source]
+        epoch, place = divmod(shard + taken * self._virtual_shards, len(records))
+        return records[permuted(place, len(records), (self._seed, source, epoch))], field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

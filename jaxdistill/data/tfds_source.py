@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxdistill.data.sources import CONVERSATION, DataError, Record, Records, check_record, content_fingerprint
 
 
@@ -107,7 +109,8 @@ def _plain(value: Any, where: str) -> Any:
             raise DataError(f"{where}, byte {error.start} is not UTF-8 text ({error.reason}).") from None
     if isinstance(value, dict):
         return {key: _plain(item, where) for key, item in value.items()}
-    if isinstance(value, str | int | float | bool) or value is None:
-        return value
-    items = value.tolist() if getattr(value, "ndim", 1) else value.item()
-    return [_plain(item, where) for item in items] if isinstance(items, list) else _plain(items, where)
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist(), where)
+    if isinstance(value, list):
+        return [_plain(item, where) for item in value]
+    return value
