@@ -1,0 +1,136 @@
+"""Writing a model as a Hugging Face directory that the tools of the ecosystem load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdistill.formats.paths import atomic_directory, local_path, write_text
+from jaxdistill.formats.safetensors import save_safetensors
+from jaxdistill.formats.source import TensorInfo
+from jaxdistill.models.families import FAMILIES
+from jaxdistill.models.families.family import ConfigError, axis_sizes, to_stored
+from jaxdistill.models.schema import locate, schema
+from jaxdistill.specs import LayerSpec, ModelConfig
+from jaxdistill.tokenizers.base import SpecialTokens, Tokenizer
+from jaxdistill.types import Params
+
+CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
+WRITTEN_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def write_hf(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: Any,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    replace: bool = False,
+) -> Path:
+    """A model as config.json, safetensors and the tokenizer's files; returns the directory.
+
+    params: the stacked tree; one tensor at a time is brought to the host. dtype: float32, bfloat16 or float16. The
+    tokenizer also gives the ids that begin and end a text. A tied head is not written. The directory appears complete
+    or not at all; an existing non-empty one is refused unless `replace`. Raises ConfigError for a model that the
+    format cannot express: ask `check_exportable` before training one.
+    """
+    fields = check_exportable(config)
+    kind = np.dtype(dtype)
+    if kind.name not in WRITTEN_DTYPES:
+        raise ValueError(f"dtype is {kind}; allowed are {', '.join(WRITTEN_DTYPES)}.")
+    _check_local(params)
+    family, special = FAMILIES[config.family], tokenizer.special if tokenizer else SpecialTokens()
+    fields |= {
+        "architectures": [family.hf_architecture],
+        "model_type": config.family,
+        "dtype": kind.name,
+        "torch_dtype": kind.name,  # transformers 4's name for it
+        "bos_token_id": special.bos,
+        "eos_token_id": special.eos,
+        "pad_token_id": special.pad,
+    }
+    infos = {}
+    for name, spec in schema(config).items():
+        stored = family.hf_stored(name)
+        infos[stored.name] = TensorInfo(stored.shape(axis_sizes(spec.axes, spec.shape)), kind)
+    with atomic_directory(directory, replace=replace) as folder:
+        write_text(folder / CONFIG_NAME, _json(fields))
+        if tokenizer is not None:
+            write_text(folder / GENERATION_NAME, _json(_generation(special)))
+            tokenizer.save(folder)
+        save_safetensors(folder, infos, _tensors(config, params, kind), max_shard_bytes=max_shard_bytes)
+    return local_path(directory)
+
+
+def check_exportable(config: ModelConfig) -> dict[str, Any]:
+    """The config.json fields of a model's architecture; raises ConfigError if the format cannot express it."""
+    if not config.homogeneous:
+        raise ConfigError(
+            "a Hugging Face config.json describes one kind of layer, and this model's layers differ: "
+            f"{_differences(config)}. Prune all layers to the same sizes, or keep the model as a checkpoint of ours."
+        )
+    if config.family not in FAMILIES:
+        raise ConfigError(f"the model's family is {config.family!r}; allowed are {', '.join(FAMILIES)}.")
+    return FAMILIES[config.family].to_hf(config)
+
+
+def _differences(config: ModelConfig) -> str:
+    """The layers of every spec but the commonest, or the specs themselves if each is as common."""
+    by_spec: dict[LayerSpec, list[int]] = {}
+    for layer, spec in enumerate(config.layers):
+        by_spec.setdefault(spec, []).append(layer)
+    first, *others = sorted(by_spec.items(), key=lambda item: -len(item[1]))
+    return f"most are {first[0]}, but " + "; ".join(f"layers {layers} are {spec}" for spec, layers in others)
+
+
+def _check_local(params: Params) -> None:
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            f"the parameters are spread over {jax.process_count()} processes; a directory is written by one. "
+            "Save a checkpoint, and convert it in a single process."
+        )
+
+
+def _tensors(config: ModelConfig, params: Params, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor as it is stored, one at a time."""
+    family = FAMILIES[config.family]
+    for name, spec in schema(config).items():
+        path, layer = locate(config, name)
+        leaf = params
+        for key in path:
+            leaf = leaf[key]
+        # A traced index: one program for all layers of a leaf.
+        array = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+        stored = family.hf_stored(name)
+        yield stored.name, _cast(stored.name, to_stored(stored, spec.axes, np.asarray(array)), dtype)
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = tensor.astype(dtype)
+    if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(tensor).any():
+        raise ValueError(
+            f"{name} has values up to {np.abs(tensor).max():.3g}; float16 ends at 65504. Write bfloat16 or float32."
+        )
+    return cast
+
+
+def _generation(special: SpecialTokens) -> dict[str, Any]:
+    return {
+        "bos_token_id": special.bos,
+        "eos_token_id": sorted(special.stop) or special.eos,
+        "pad_token_id": special.pad,
+    }
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"

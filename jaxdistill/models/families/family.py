@@ -1,0 +1,155 @@
+"""What a family file declares: its configs, and where each of our parameters lies in other formats' files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.sharding import Axes
+from jaxdistill.specs import ModelConfig
+
+
+class ConfigError(ValueError):
+    """A model description that cannot be taken over exactly; says which field, what is allowed, what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How one parameter lies in a file.
+
+    axes: the file's axes in order, each the product of the axes of ours that it is made of: a query projection of
+    Hugging Face, [heads·head_dim, embed], is (("heads", "head_dim"), ("embed",)). interleaved: an axis of ours whose
+    two halves alternate in the file (llama.cpp keeps the two dimensions of one rotation next to each other); never the
+    first of its product.
+    """
+
+    name: str
+    axes: tuple[tuple[str, ...], ...]
+    interleaved: str | None = None
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in the file, from the size of each of our axes."""
+        return tuple(math.prod(sizes[a] for a in group) for group in self.axes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorNames:
+    """One row of a family's table: the axes of the tensor in files ("heads*head_dim embed") and its names there.
+
+    `*` in a name stands for the layer's index. gguf_interleaved: see `Stored.interleaved`; GGUF files only.
+    """
+
+    axes: str
+    hf: str
+    gguf: str
+    gguf_interleaved: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture: its configs in other formats and the table of its tensors.
+
+    from_hf, to_hf: a Hugging Face config.json as a dict, and ours. to_hf raises ConfigError for what the architecture
+    cannot express. from_gguf: GGUF metadata and tensor names to our config. tensors: keyed by our per-layer name with
+    `*` for the layer's index. ignored: patterns of stored names that hold nothing that a config does not say.
+    """
+
+    hf_architecture: str
+    gguf_architecture: str
+    from_hf: Callable[[Mapping[str, Any]], ModelConfig]
+    to_hf: Callable[[ModelConfig], dict[str, Any]]
+    from_gguf: Callable[[Mapping[str, Any], Collection[str]], ModelConfig]
+    tensors: Mapping[str, TensorNames]
+    ignored: tuple[str, ...] = ()
+
+    def hf_stored(self, name: str) -> Stored:
+        """Where our parameter lies in a Hugging Face checkpoint."""
+        row, layer = self._row(name)
+        return Stored(row.hf.replace("*", layer), _groups(row.axes))
+
+    def gguf_stored(self, name: str) -> Stored:
+        """Where our parameter lies in a GGUF file."""
+        row, layer = self._row(name)
+        return Stored(row.gguf.replace("*", layer), _groups(row.axes), row.gguf_interleaved)
+
+    def is_ignored(self, stored_name: str) -> bool:
+        return any(re.fullmatch(pattern, stored_name) for pattern in self.ignored)
+
+    def _row(self, name: str) -> tuple[TensorNames, str]:
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        return (self.tensors[f"layers.*.{match[2]}"], match[1]) if match else (self.tensors[name], "")
+
+
+def _groups(axes: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(axis.split("*")) for axis in axes.split())
+
+
+def axis_sizes(axes: Axes, shape: tuple[int, ...]) -> dict[str, int]:
+    """The size of each of our axes, by name."""
+    return {str(a): size for a, size in zip(axes, shape, strict=True)}
+
+
+def from_stored(stored: Stored, axes: Axes, sizes: Mapping[str, int], block: np.ndarray) -> np.ndarray:
+    """A tensor of a file in our layout; the inverse of `to_stored`. A view where the layouts allow it.
+
+    axes: ours, in order. sizes: of each axis in this block, which may be part of the tensor along axes that are not
+    interleaved.
+    """
+    order = [a for group in stored.axes for a in group]
+    block = block.reshape([sizes[a] for a in order])
+    if stored.interleaved is not None:
+        at = order.index(stored.interleaved)
+        pairs = block.reshape(*block.shape[:at], -1, 2, *block.shape[at + 1 :])
+        block = pairs.swapaxes(at, at + 1).reshape(block.shape)
+    return block.transpose([order.index(str(a)) for a in axes])
+
+
+def to_stored(stored: Stored, axes: Axes, tensor: np.ndarray) -> np.ndarray:
+    """A tensor of ours in the layout of a file; the inverse of `from_stored`."""
+    order = [a for group in stored.axes for a in group]
+    block = tensor.transpose([axes.index(a) for a in order])
+    if stored.interleaved is not None:
+        at = order.index(stored.interleaved)
+        halves = block.reshape(*block.shape[:at], 2, -1, *block.shape[at + 1 :])
+        block = halves.swapaxes(at, at + 1).reshape(block.shape)
+    return block.reshape(stored.shape(axis_sizes(axes, tensor.shape)))
+
+
+def check_fields(
+    what: str, fields: Mapping[str, Any], *, handled: Collection[str], required: Mapping[str, Any]
+) -> None:
+    """Refuses, by name, every field that is neither handled nor null nor at the one value that we can honour.
+
+    handled: fields that are read elsewhere or have no influence on the outputs. required: field → its only allowed
+    value.
+    """
+    given = {k: v for k, v in fields.items() if v is not None}
+    wrong = [f"{k} = {v!r} (allowed: {required[k]!r})" for k, v in given.items() if k in required and v != required[k]]
+    unknown = [f"{k} = {v!s:.80}" for k, v in given.items() if k not in required and k not in handled]
+    if wrong or unknown:
+        raise ConfigError(
+            f"{what} asks for what this model family does not do here: {'; '.join(wrong + unknown)}. "
+            "Its outputs would differ from the original's, so it is not read. Use a model without these fields, or "
+            "remove a field from the description if you know that it changes nothing."
+        )
+
+
+def required_field(what: str, fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A field that must be there and of one type; ints pass as floats, and are positive: all are sizes."""
+    value: Any = fields.get(name)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is int and value < 1):
+        needed = "a positive int" if kind is int else f"a {kind.__name__}"
+        raise ConfigError(f"{what} has {name} = {value!r:.80}; {needed} is needed. Complete or correct it.")
+    return value
+
+
+def with_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, with absent or null ones at the default of the format."""
+    return {**fields, **{k: v for k, v in defaults.items() if fields.get(k) is None}}

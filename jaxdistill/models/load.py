@@ -1,0 +1,264 @@
+"""Reading models of other formats: a Hugging Face directory or a GGUF file, straight into the shards of a layout.
+
+Each device's part of each parameter is filled from just the slices of the file that it needs. On the host there is
+never more than one such part and one tensor, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.formats.gguf import open_gguf
+from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.safetensors import open_safetensors
+from jaxdistill.formats.source import FormatError, TensorInfo, TensorSource
+from jaxdistill.models.families import FAMILIES
+from jaxdistill.models.families.family import ConfigError, Family, Stored, axis_sizes, from_stored
+from jaxdistill.models.schema import ParamSpec, locate, param_shardings, schema
+from jaxdistill.sharding import Layout
+from jaxdistill.specs import ModelConfig
+from jaxdistill.types import Params
+
+CONFIG_NAME = "config.json"
+FLOATING = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16", "float64")))
+"""Dtypes that hold values as they are. 8-bit ones come with scales in other tensors."""
+
+BLOCK_BYTES = 16_000_000
+NAMES_SHOWN = 12
+
+Index = tuple[slice, ...]
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit their config: names the tensors, says what was expected and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint of another format: what the model is, and how a parameter of ours is stored."""
+
+    config: ModelConfig
+    family: Family
+    source: TensorSource
+    stored: Callable[[str], Stored]
+    """From our per-layer name."""
+
+
+def read_model(
+    path: str | os.PathLike[str], *, layout: Layout = Layout(), dtype: Any = jnp.float32
+) -> tuple[ModelConfig, Params]:
+    """A model of another format as our config and its parameters, stacked and placed by the layout.
+
+    path: a directory with config.json and safetensors, or a GGUF file (quantised tensors are dequantised).
+    Raises ConfigError for a model that we cannot run exactly, FormatError for damaged files, WeightsError when tensors
+    are missing, left over or of another shape.
+    """
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.config, read_params(checkpoint, layout=layout, dtype=dtype)
+
+
+def model_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """What the model at this path is; reads no tensor. See `read_model`."""
+    where = local_path(path)
+    if where.is_dir():
+        return _hf_config(path)[0]
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.config
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
+    """Opens a Hugging Face directory or a GGUF file; headers are read, tensors are not."""
+    where = local_path(path)
+    if where.is_dir():
+        config, family = _hf_config(path)
+        with open_safetensors(where) as source:
+            yield Checkpoint(config, family, source, family.hf_stored)
+        return
+    if where.suffix != ".gguf":
+        raise FormatError(
+            f"{where} is neither a directory nor a .gguf file. Give a Hugging Face directory (config.json and "
+            "safetensors) or a GGUF file."
+        )
+    with open_gguf(where) as source:
+        architecture = source.metadata.get("general.architecture")
+        by_architecture = {family.gguf_architecture: family for family in FAMILIES.values()}
+        family = _known(f"{where}: general.architecture", architecture, by_architecture)
+        yield Checkpoint(family.from_gguf(source.metadata, source.names()), family, source, family.gguf_stored)
+
+
+def _hf_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Family]:
+    file = local_path(path) / CONFIG_NAME
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{file} is missing. Give a directory with {CONFIG_NAME} and safetensors.") from None
+    except ValueError as error:
+        raise FormatError(f"{file} is not JSON in UTF-8 ({error}). Download or write it again.") from None
+    if not isinstance(fields, dict):
+        raise FormatError(f"{file} holds a JSON {type(fields).__name__}; an object is needed. Download it again.")
+    family = _known(f"{file}: model_type", fields.get("model_type"), FAMILIES)
+    try:
+        return family.from_hf(fields), family
+    except ConfigError as error:
+        error.add_note(f"(while reading {file})")
+        raise
+
+
+def _known(what: str, name: Any, families: Mapping[str, Family]) -> Family:
+    if name not in families:
+        raise ConfigError(
+            f"{what} is {name!r}; allowed are {', '.join(families)}. Use a model of one of these families."
+        )
+    return families[name]
+
+
+def read_params(checkpoint: Checkpoint, *, layout: Layout = Layout(), dtype: Any = jnp.float32) -> Params:
+    """The parameters of an open checkpoint, stacked and placed by the layout; see `read_model`.
+
+    Everything is checked before the first tensor is read.
+    """
+    config = checkpoint.config
+    specs = schema(config)
+    stored = {name: checkpoint.stored(name) for name in specs}
+    _check_names(checkpoint, {s.name for s in stored.values()})
+    _check_tensors(checkpoint.source, specs, stored)
+    shardings = param_shardings(config, layout)
+    tree: Params = {}
+    for path, members in _leaves(config).items():
+        node, sharding = tree, shardings
+        for key in path[:-1]:
+            node, sharding = node.setdefault(key, {}), sharding[key]
+        spec, layers = specs[members[0]], [stored[name] for name in members]
+        stacked = path[0] == "segments"
+
+        def fill(index: Index, spec=spec, layers=layers, stacked=stacked) -> np.ndarray:
+            if not stacked:
+                return np.ascontiguousarray(_read_part(checkpoint.source, layers[0], spec, index), dtype)
+            chosen = layers[index[0]]
+            part = np.empty((len(chosen), *(_length(s) for s in index[1:])), dtype)
+            for slot, layer in zip(part, chosen, strict=True):
+                slot[...] = _read_part(checkpoint.source, layer, spec, index[1:])
+            return part
+
+        shape = (len(layers), *spec.shape) if stacked else spec.shape
+        node[path[-1]] = _place(shape, sharding[path[-1]], fill)
+    return tree
+
+
+def _leaves(config: ModelConfig) -> dict[tuple[str, ...], list[str]]:
+    """Each leaf of the stacked tree with its parameters in the per-layer view."""
+    leaves: dict[tuple[str, ...], list[str]] = {}
+    for name in schema(config):
+        leaves.setdefault(locate(config, name)[0], []).append(name)
+    return leaves
+
+
+def _place(shape: tuple[int, ...], sharding: jax.sharding.Sharding, fill: Callable[[Index], np.ndarray]) -> jax.Array:
+    """An array whose parts are made one after the other, each once for all devices that hold it."""
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, holders in devices.items():
+        part = fill(tuple(slice(*b) for b in bounds))
+        # Waiting keeps the host from running ahead with parts that no device has taken yet.
+        parts += jax.block_until_ready([jax.device_put(part, device) for device in holders])
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _read_part(source: TensorSource, stored: Stored, spec: ParamSpec, index: Index) -> np.ndarray:
+    """One parameter's part, reading only that from the file.
+
+    Where an axis of the file is a product, whole entries of its first factor are read and the others cut afterwards.
+    """
+    full = axis_sizes(spec.axes, spec.shape)
+    wanted = dict(zip(map(str, spec.axes), index, strict=True))
+    sizes, in_file = dict(full), []
+    for first, *others in stored.axes:
+        inner = math.prod(full[a] for a in others)
+        in_file.append(slice(wanted[first].start * inner, wanted[first].stop * inner))
+        sizes[first] = _length(wanted.pop(first))
+    block = from_stored(stored, spec.axes, sizes, source.read_slice(stored.name, tuple(in_file)))
+    return block[tuple(wanted.get(str(a), slice(None)) for a in spec.axes)]
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
+
+
+def _check_names(checkpoint: Checkpoint, expected: Collection[str]) -> None:
+    present = set(checkpoint.source.names())
+    missing = [name for name in expected if name not in present]
+    extra = [name for name in checkpoint.source.names() if name not in expected]
+    extra = [name for name in extra if not checkpoint.family.is_ignored(name)]
+    if checkpoint.config.tied:
+        head, embedding = checkpoint.stored("head.kernel").name, checkpoint.stored("embedding.kernel").name
+        if head in extra and embedding in present:
+            _check_equal(checkpoint.source, head, embedding)
+            extra.remove(head)
+    if missing or extra:
+        raise WeightsError(
+            f"the weights do not fit the config of this {checkpoint.config.family} model. "
+            f"Missing: {_shown(missing)}. Not in the model: {_shown(extra)}. "
+            "Give the config that belongs to these weights; a checkpoint of an adapter, of another head or of a base "
+            "model without head must be merged or saved as a whole causal language model first."
+        )
+
+
+def _shown(names: list[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{', '.join(names[:NAMES_SHOWN])}{more} ({len(names)})" if names else "none"
+
+
+def _check_equal(source: TensorSource, head: str, embedding: str) -> None:
+    """A tied model may repeat its table as a head, bit for bit; another table would be lost."""
+    info = source.info(head)
+
+    def bits(name: str, index: Index) -> np.ndarray:
+        return np.ascontiguousarray(source.read_slice(name, index)).view(np.uint8)
+
+    equal = info == source.info(embedding) and all(
+        np.array_equal(bits(head, index), bits(embedding, index)) for index in _row_blocks(info)
+    )
+    if not equal:
+        raise WeightsError(
+            f"the config ties the head to the embedding, but {head} differs from {embedding}. "
+            "Set tie_word_embeddings to false if the head is meant, or remove the tensor."
+        )
+
+
+def _row_blocks(info: TensorInfo) -> Iterator[Index]:
+    rows, *others = info.shape
+    step = max(1, BLOCK_BYTES * rows // max(info.nbytes, 1))
+    for start in range(0, rows, step):
+        yield (slice(start, min(start + step, rows)), *(slice(0, size) for size in others))
+
+
+def _check_tensors(source: TensorSource, specs: Mapping[str, ParamSpec], stored: Mapping[str, Stored]) -> None:
+    wrong = []
+    for name, spec in specs.items():
+        info, where = source.info(stored[name].name), stored[name]
+        expected = where.shape(axis_sizes(spec.axes, spec.shape))
+        if info.shape != expected:
+            wrong.append(f"{where.name} has shape {info.shape}, the config expects {expected}")
+        elif info.dtype not in FLOATING:
+            wrong.append(f"{where.name} has dtype {info.dtype}, allowed are {', '.join(map(str, FLOATING))}")
+    if wrong:
+        more = f"; and {len(wrong) - NAMES_SHOWN} more" if len(wrong) > NAMES_SHOWN else ""
+        raise WeightsError(
+            f"the weights do not fit the config: {'; '.join(wrong[:NAMES_SHOWN])}{more}. "
+            "Give the config that belongs to these weights, unquantised."
+        )
