@@ -1,0 +1,276 @@
+"""Checkpoints of a run: everything that a resume needs to go on bit for bit, in one atomic directory per step.
+
+    RUN/checkpoints/step_00000100/arrays/                     the train state (Orbax)
+                                 /records/info.json           configuration, versions, metric, description of leaves
+                                 /records/data-00000-of-00002.json   data state of the shards that a process owned
+
+A directory is written under a temporary name and renamed when everything is written, so a name `step_*` is a whole
+checkpoint. A step that is saved again gets a new name (`step_00000100_r1`); the older one goes only afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from jaxdistill.checkpoint import arrays, records
+from jaxdistill.checkpoint.arrays import CheckpointError
+
+_log = logging.getLogger(__name__)
+
+FORMAT = "jaxdistill run checkpoint"
+VERSION = 1
+_NAME = re.compile(r"step_(\d{8,})(?:_r(\d+))?")
+_CONTENT = {"arrays", "records", "_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints are kept: the `last` ones, those whose step is a multiple of `every`, and the `best`.
+
+    Best is lowest metric; checkpoints without one (or with a metric that is not finite) are never best. Everything
+    else that the run saved is deleted once a newer checkpoint is whole; nothing that it did not save ever is.
+    """
+
+    last: int = 3
+    every: int | None = None
+    best: int = 1
+
+    def __post_init__(self):
+        if self.last < 1 or self.best < 0 or (self.every is not None and self.every < 1):
+            raise ValueError(f"{self}: `last` must be at least 1, `best` at least 0, `every` at least 1 or None.")
+
+    def keeps(self, metrics: dict[int, float | None]) -> set[int]:
+        """Of these steps, with their metrics, the ones to keep."""
+        steps = sorted(metrics)
+        kept = set(steps[-self.last :])
+        if self.every is not None:
+            kept |= {step for step in steps if step % self.every == 0}
+        return kept | set(_ranked(metrics)[: self.best])
+
+
+def _ranked(metrics: dict[int, float | None]) -> list[int]:
+    """Steps with a metric, best first; of equals the later one."""
+    return sorted((s for s, m in metrics.items() if m is not None), key=lambda s: (metrics[s], -s))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """A whole checkpoint on disk."""
+
+    path: Path
+    revision: int
+    info: dict[str, Any]
+
+
+class RunCheckpoints:
+    """The checkpoints of one run. Every process makes one, on a directory that all processes see, and calls alike.
+
+    directory: made when absent; may hold other files, which are left alone.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, retention: Retention = Retention()):
+        self._directory = Path(os.path.abspath(directory)) if "://" not in str(directory) else Path(directory)
+        self._retention = retention
+        self._pending: int | None = None
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(arrays=arrays.handler(), records=records.RecordsHandler())
+        )
+        if torn := self.torn():
+            _log.warning("ignoring unfinished checkpoints (they may be removed): %s", ", ".join(map(str, torn)))
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_state: dict[str, Any],
+        info: dict[str, Any],
+        *,
+        metric: float | None = None,
+    ) -> None:
+        """Start saving; returns when the arrays can be donated again. `wait` or the next `save` reports failures.
+
+        state: pytree of jax arrays. data_state: JSON values per virtual shard, only the shards that this process
+        owns. info: JSON values (resolved configuration, versions, metrics). metric: lower is better.
+        Saving a step that exists replaces it, once the new checkpoint is whole.
+        """
+        records.check_json(data_state, "the data state")
+        records.check_json(info, "the checkpoint's info")
+        named = arrays.named_leaves(state)
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "metric": None if metric is None or not math.isfinite(metric) else float(metric),
+            "processes": jax.process_count(),
+            "saved_at_unix_seconds": int(time.time()),
+            "info": info,
+            "leaves": arrays.specs_to_json(arrays.leaf_specs(named)),
+        }
+        self.wait()
+        target = self._directory / self._new_name(step)
+        self._pending = step
+        try:
+            self._checkpointer.save(
+                target,
+                args=ocp.args.Composite(
+                    arrays=arrays.save_args(named), records=records.Records(info=document, shards=data_state)
+                ),
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Block until the last save is whole on disk, then apply the retention. Raises CheckpointError if it failed."""
+        try:
+            self._checkpointer.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+        if self._pending is not None:
+            self._pending = None
+            if jax.process_index() == 0:
+                self._apply_retention()
+
+    def close(self) -> None:
+        """Wait, then release the writer's threads."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, ascending."""
+        return sorted(self._saved())
+
+    def latest(self) -> int | None:
+        """The last whole checkpoint, or None."""
+        return max(self._saved(), default=None)
+
+    def best(self) -> int | None:
+        """The whole checkpoint with the lowest metric, or None when none has one."""
+        ranked = _ranked(self._metrics())
+        return ranked[0] if ranked else None
+
+    def torn(self) -> list[Path]:
+        """What interrupted saves left behind, in name order: never read, never deleted (unless saved again)."""
+        whole = {saved.path.name for revisions in self._all_saved().values() for saved in revisions}
+        return sorted(
+            path
+            for path in self._directory.iterdir()
+            if re.match(r"step_\d{8}", path.name) and path.name not in whole and path.is_dir()
+        )
+
+    def path(self, step: int) -> Path:
+        """The directory of a whole checkpoint."""
+        return self._find(step).path
+
+    def info(self, step: int) -> dict[str, Any]:
+        """The info that was saved with a step, without reading arrays."""
+        return self._find(step).info["info"]
+
+    def restore(self, step: int, expected: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """(state, data state of *all* shards, info) of a step, exactly as saved, onto any mesh.
+
+        expected: the state as `jax.ShapeDtypeStruct`s (or arrays) with shardings; each shard is read where it will
+        live. Raises CheckpointError when leaves differ (all are listed) or anything is missing or damaged.
+        """
+        self.wait()
+        saved = self._find(step)
+        specs = arrays.specs_from_json(saved.info["leaves"])
+        named = arrays.named_leaves(expected)
+        arrays.check_leaves(specs, named, f"the checkpoint {saved.path}")
+        shards = records.read_shards(saved.path / "records")
+        try:
+            restored = self._checkpointer.restore(
+                saved.path, args=ocp.args.Composite(arrays=arrays.restore_args(named))
+            )
+        except Exception as error:
+            raise CheckpointError(
+                f"the arrays of {saved.path} cannot be read ({arrays.short(error)}); resume from another checkpoint "
+                f"of the run: {[s for s in self.steps() if s != step]}."
+            ) from error
+        leaves = arrays.rewrap_keys(restored["arrays"], specs)
+        state = jax.tree.unflatten(jax.tree.structure(expected), [leaves[name] for name in named])
+        return state, shards, saved.info["info"]
+
+    def _all_saved(self) -> dict[int, list[_Saved]]:
+        """Whole checkpoints that this class saved, by step, oldest revision first."""
+        found: dict[int, list[_Saved]] = {}
+        for path in self._directory.iterdir():
+            if (match := _NAME.fullmatch(path.name)) is None or not (path / "_CHECKPOINT_METADATA").exists():
+                continue
+            try:
+                info = records.read_info(path / "records")
+                if info["format"] != FORMAT or info["step"] != int(match[1]):
+                    continue
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if info["version"] > VERSION:
+                raise CheckpointError(
+                    f"{path} has format version {info['version']}, this jaxdistill reads up to {VERSION}; "
+                    "use the jaxdistill that wrote it."
+                )
+            found.setdefault(info["step"], []).append(_Saved(path, int(match[2] or 0), info))
+        return {step: sorted(revisions, key=lambda s: s.revision) for step, revisions in found.items()}
+
+    def _saved(self) -> dict[int, _Saved]:
+        return {step: revisions[-1] for step, revisions in self._all_saved().items()}
+
+    def _metrics(self) -> dict[int, float | None]:
+        return {step: saved.info["metric"] for step, saved in self._saved().items()}
+
+    def _find(self, step: int) -> _Saved:
+        saved = self._saved()
+        if step not in saved:
+            raise CheckpointError(f"{self._directory} has no checkpoint of step {step}; it has {sorted(saved)}.")
+        return saved[step]
+
+    def _new_name(self, step: int) -> str:
+        """A name for this step that nothing on disk has, the same on all processes."""
+        plain = f"step_{step:08d}"
+        taken = [
+            int(match[2] or 0)
+            for path in self._directory.iterdir()
+            if (match := _NAME.fullmatch(path.name)) and int(match[1]) == step
+        ]
+        revision = max(taken, default=-1) + 1
+        if jax.process_count() > 1:
+            # Process 0 may be deleting older checkpoints while another one lists them.
+            revision = int(multihost_utils.broadcast_one_to_all(np.int32(revision)))
+        return plain if revision == 0 else f"{plain}_r{revision}"
+
+    def _apply_retention(self) -> None:
+        kept = self._retention.keeps(self._metrics())
+        for step, revisions in self._all_saved().items():
+            for saved in revisions[:-1] if step in kept else revisions:
+                _delete(saved.path)
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        step, self._pending = self._pending, None
+        return CheckpointError(
+            f"the checkpoint of step {step} in {self._directory} could not be written ({arrays.short(error)}). "
+            f"Free space or check the disk, then save again; the whole checkpoints are of the steps {self.steps()}."
+        )
+
+
+def _delete(path: Path) -> None:
+    """Remove a checkpoint that the run saved; not when somebody put other files into it."""
+    if foreign := {p.name for p in path.iterdir()} - _CONTENT:
+        _log.warning("keeping the checkpoint %s: it holds other files (%s)", path, ", ".join(sorted(foreign)))
+        return
+    # The info goes first: what an interruption leaves behind is then not taken for a whole checkpoint.
+    (path / "records" / records.INFO_FILE).unlink()
+    shutil.rmtree(path)

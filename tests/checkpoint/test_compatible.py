@@ -1,0 +1,40 @@
+import pytest
+
+from jaxdistill.checkpoint.compatible import check_compatible
+
+SAVED = {
+    "train": {"steps": 100, "learning_rate": 0.1, "tags": ["a", "b"]},
+    "model": {"layers": [{"mlp": 4}, {"mlp": 8}], "tied": True},
+    "losses": {"kl": {"weight": 1.0}},
+}
+
+
+def changed(**train):
+    return SAVED | {"train": SAVED["train"] | train}
+
+
+def test_the_same_configuration_is_compatible_with_its_own_json():
+    check_compatible(SAVED, SAVED | {"train": SAVED["train"] | {"tags": ("a", "b")}})
+
+
+def test_fields_that_may_change_may_and_their_namesakes_may_not():
+    check_compatible(SAVED, changed(steps=200), may_change={"train.steps"})
+    check_compatible(SAVED, changed(steps=200, learning_rate=3.0), may_change={"train"})
+    with pytest.raises(ValueError, match=r"train\.steps: 100 / 200"):
+        check_compatible(SAVED, changed(steps=200), may_change={"train.step", "steps"})
+
+
+def test_every_differing_field_is_listed_with_both_values():
+    current = {
+        "train": {"steps": 200, "learning_rate": 0.2, "tags": ["a"]},
+        "model": {"layers": [{"mlp": 4}, {"mlp": 9}], "tied": True},
+        "losses": {"kl": {"weight": 1.0}, "ce": {}},
+    }
+    with pytest.raises(ValueError, match="4 fields differ") as error:
+        check_compatible(SAVED, current, may_change={"train.steps"})
+    assert str(error.value).splitlines()[1:-1] == [
+        "  train.learning_rate: 0.1 / 0.2",
+        "  train.tags.1: 'b' / absent",
+        "  model.layers.1.mlp: 8 / 9",
+        "  losses.ce: absent / {}",
+    ]
