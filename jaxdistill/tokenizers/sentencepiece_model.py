@@ -36,8 +36,9 @@ class SentencePieceTokenizer:
     the model's dummy prefix (as the published Llama 2 and Mistral tokenizer.json files do). The dummy prefix "▁" has
     no byte in the text: alone it is a token of width zero, otherwise the first token carries one space too many.
 
-    Models that normalise (NFKC, collapsed spaces) are lossy: offsets then come from the library's own byte spans, and
-    bytes that were dropped belong to the following token, at the end of the text to the last one.
+    A "▁" in a text is a space to SentencePiece, so it does not come back from `decode`. Models that normalise (NFKC,
+    collapsed spaces) are lossy: offsets then come from the library's own byte spans, and bytes that were dropped
+    belong to the following token, at the end of the text to the last one.
     """
 
     def __init__(
