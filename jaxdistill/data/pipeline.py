@@ -158,10 +158,15 @@ class Loader:
         dataset = ShardBatches(shards, rows_per_shard=rows_per_shard, length=config.length)
         self._names = [str(first + index) for index in range(len(shards))]
         self._fingerprint, self._batches = fingerprint, 0
-        self._iterator = prefetched(dataset, config.prefetch_batches)
+        self._held = [prefetched(dataset, config.prefetch_batches)]
         self._failure: Exception | None = None
-        # Without this the thread of a loader that is no longer used would wait for ever.
-        weakref.finalize(self, self._iterator.close)
+        # Without this the thread of a loader that is no longer used would wait for ever; at the interpreter's exit
+        # the iterator must be gone before Grain's modules are, which its own destructor needs.
+        weakref.finalize(self, _close, self._held)
+
+    @property
+    def _iterator(self) -> Any:
+        return self._held[0]
 
     def __iter__(self) -> Loader:
         return self
@@ -225,6 +230,11 @@ class Loader:
     def close(self) -> None:
         """Stops the thread; the loader gives nothing out any more."""
         self._iterator.close()
+
+
+def _close(held: list[Any]) -> None:
+    while held:
+        held.pop().close()
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from jaxdistill.data.tokenize import DocumentTokenizer, Tokenized
 # 2^64 divided by the golden ratio: multiples of it fill the circle as evenly as any sequence can.
 _GOLDEN_STEP = 0x9E3779B97F4A7C15
 _CIRCLE = 1 << 64
-_LOOKAHEAD = 16
+# Documents tokenized at once by all shards together, and by one at least: enough to keep a few cores busy.
+_TOGETHER, _AT_LEAST = 256, 16
 
 
 class DocumentStreams:
@@ -40,7 +41,7 @@ class DocumentStreams:
         virtual_shards: int,
         seed: int,
     ):
-        self._sources, self._virtual_shards, self._seed = sources, virtual_shards, seed
+        self._sources, self.virtual_shards, self._seed = sources, virtual_shards, seed
         starts = [np.random.SeedSequence([seed, shard]).generate_state(1, np.uint64) for shard in range(virtual_shards)]
         self._starts = [int(start[0]) for start in starts]
         self.documents = sum(len(records) for records, _ in sources)
@@ -58,7 +59,7 @@ class DocumentStreams:
     def record(self, shard: int, source: int, taken: int) -> tuple[Record, str]:
         """The document that a shard takes as number `taken` of a source, and the field of its text."""
         records, field = self._sources[source]
-        epoch, place = divmod(shard + taken * self._virtual_shards, len(records))
+        epoch, place = divmod(shard + taken * self.virtual_shards, len(records))
         return records[permuted(place, len(records), (self._seed, source, epoch))], field
 
 
@@ -112,7 +113,7 @@ class VirtualShard:
             "taken": list(self._packed),
             "open": names(self._packer.rows),
             "ready": names(self._ready),
-            "statistics": dataclasses.asdict(self.statistics),
+            "statistics": dict(vars(self.statistics)),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -139,8 +140,9 @@ class VirtualShard:
 
     def _look_ahead(self) -> None:
         """Tokenizes the next documents together. They are not part of the state until they are packed."""
+        count = max(_AT_LEAST, _TOGETHER // self._streams.virtual_shards)
         taken, names = list(self._packed), []
-        for draw in range(sum(taken), sum(taken) + _LOOKAHEAD):
+        for draw in range(sum(taken), sum(taken) + count):
             source = self._streams.source_of(self._index, draw)
             names.append((source, taken[source]))
             taken[source] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,12 +58,15 @@ class DocumentTokenizer:
         encodings = self.tokenizer.encode_batch([records[i][fields[i]] for i in plain])
         texts = dict(zip(plain, encodings, strict=True))
         return [
-            self._text(texts[i]) if i in texts else self._pair(record) if _is_pair(record) else self._chat(record)
+            self._framed([(texts[i], True)]) if i in texts else self._structured(record)
             for i, record in enumerate(records)
         ]
 
-    def _text(self, encoding: Encoding) -> Tokenized:
-        return self._framed([(encoding, True)])
+    def _structured(self, record: Record) -> Tokenized:
+        try:
+            return self._pair(record) if _is_pair(record) else self._chat(record)
+        except DataError as error:
+            raise type(error)(f"{error} The record begins: {json.dumps(record, ensure_ascii=False)[:120]}") from None
 
     def _pair(self, record: Record) -> Tokenized:
         """The prompt and the completion are encoded apart, so that no token straddles them."""

@@ -1,5 +1,8 @@
 """Conversations: rendered text, ids and loss masks written out by hand, and what cannot be supervised."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -175,10 +178,25 @@ def test_conversations_are_shifted_like_any_document():
         ({"prompt": "", "completion": "a"}, "empty 'prompt'"),
         ({"prompt": "a", "completion": ""}, "empty 'completion'"),
         ({"prompt": ["a"], "completion": "b"}, "'prompt' holds list, not text"),
-        ({"messages": []}, "give a list of at least one message"),
+        ({"messages": []}, r"give a list of at least one message. The record begins: {.messages"),
         ({"messages": ["a"]}, "message 0 is 'a'; give an object with 'role'"),
     ],
 )
 def test_records_that_cannot_be_used(record, message):
     with pytest.raises(DataError, match=message):
         rows_of(record, DEFAULT_SYSTEM, prepend_bos=False, append_eos=True)
+
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "chat.json").read_text(encoding="utf-8"))
+CASES = [case for case in GOLDEN["cases"] if case["template"] != "smollm2"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_text_ids_and_marked_words_equal_transformers(case):
+    tokenizer = ByteTokenizer(chat_template=GOLDEN["templates"][case["template"]])
+    form = ChatFormat(tokenizer)
+    settings = {"add_generation_prompt": case["add_generation_prompt"]}
+    assert form.render(case["messages"], **settings) == case["text"]
+    assert form.encode(case["messages"], **settings).ids.tolist() == case["ids"]
+    if case["assistant"] is not None and not case["add_generation_prompt"]:
+        assert form.supervise(case["messages"])[1].astype(int).tolist() == case["assistant"]
