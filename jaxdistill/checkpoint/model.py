@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,6 +98,8 @@ def save_model(
             with ocp.Checkpointer(arrays.handler()) as checkpointer:
                 checkpointer.save(temporary / "arrays", args=arrays.save_args(named))
         except Exception as error:
+            # Orbax's writers outlive its error and would make the directory again after it was removed.
+            time.sleep(1.0)
             raise CheckpointError(
                 f"the model could not be written to {target} ({arrays.short(error)}). Nothing is left there; free "
                 "space or check the disk, then save again."

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.formats.paths import write_text
@@ -40,16 +41,27 @@ def _digest(shards: Any) -> str:
     return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
 
 
-class RecordsHandler(ocp.CheckpointHandler):
+class RecordsHandler(ocp.AsyncCheckpointHandler):
     """Writes the records into the temporary step directory, before Orbax makes it final."""
 
-    def save(self, directory: Path, args: Records) -> None:
-        """Process 0 writes the info; every process writes the shards that it owns."""
-        document = {"sha256": _digest(args.shards), "shards": args.shards}
-        data_file = Path(directory) / _data_file(jax.process_index(), jax.process_count())
-        write_text(data_file, json.dumps(document, indent=1))
+    async def async_save(self, directory: Path, args: Records) -> list[Future]:
+        """Process 0 writes the info; every process writes the shards that it owns.
+
+        The text is formed here, so that the caller's iterator may go on; it is written in the background.
+        """
+        data = {"sha256": _digest(args.shards), "shards": args.shards}
+        texts = {_data_file(jax.process_index(), jax.process_count()): json.dumps(data, indent=1)}
         if jax.process_index() == 0:
-            write_text(Path(directory) / INFO_FILE, json.dumps(args.info, indent=1))
+            texts[INFO_FILE] = json.dumps(args.info, indent=1)
+
+        async def write() -> None:
+            for name, text in texts.items():
+                write_text(Path(directory) / name, text)
+
+        return [CommitFutureAwaitingContractedSignals(write(), name="records")]
+
+    def save(self, directory: Path, args: Records) -> None:
+        raise NotImplementedError("records are saved by an AsyncCheckpointer.")
 
     def restore(self, directory: Path, args: Records) -> dict[str, Any]:
         return read_shards(Path(directory))

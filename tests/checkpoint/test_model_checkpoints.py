@@ -127,6 +127,8 @@ def test_an_existing_model_is_not_overwritten(tmp_path):
     assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
 
 
+# The array writers of Orbax that fail after the first one report to an event loop that is already closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_failing_writer_leaves_nothing_behind(tmp_path):
     def fail(directory):
         raise OSError(28, "No space left on device")
