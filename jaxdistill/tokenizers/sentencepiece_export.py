@@ -17,6 +17,12 @@ Piece = ModelProto.SentencePiece
 Trainer = _messages.TrainerSpec
 SPACE = "▁"
 
+UNREACHABLE = -1e6
+"""Unigram score of pieces that a text never contains (`<s>`, `<0x41>`): tokenizer.json has no piece types.
+
+It keeps them out as long as the vocabulary has their characters, which it lacks only if it was trained on no "<".
+"""
+
 
 def tokenizer_json(proto: Any, post_processor: dict[str, Any] | None = None) -> str:
     """The text of a tokenizer.json that gives the ids of a SentencePiece model (`ModelProto`)."""
@@ -107,9 +113,10 @@ def _bpe(proto: Any) -> dict[str, Any]:
 
 
 def _unigram(proto: Any) -> dict[str, Any]:
+    found = (Piece.NORMAL, Piece.USER_DEFINED)
     return {
         "type": "Unigram",
         "unk_id": proto.trainer_spec.unk_id,
-        "vocab": [[piece.piece, piece.score] for piece in proto.pieces],
+        "vocab": [[piece.piece, piece.score if piece.type in found else UNREACHABLE] for piece in proto.pieces],
         "byte_fallback": proto.trainer_spec.byte_fallback,
     }

@@ -25,8 +25,9 @@ def real(name: str) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def held_out() -> list[str]:
+    """Ten documents of each of the six domains."""
     lines = asset("heldout").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
+    return [json.loads(line)["text"] for line in lines[::5]]
 
 
 @pytest.mark.parametrize("name", GOLDEN["ids"])

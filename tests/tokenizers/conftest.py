@@ -16,6 +16,7 @@ CORPUS = [
     "Ein naïver Café-Besitzer über Flüsse; 1234 Wörter, 56 Sätze. ﬁne ①②③",
     "東京は日本の首都です。 中文字符 한국어 텍스트",
     "Emoji 😀😃 family 👩‍👩‍👧 flags 🇫🇷\ttabs  and   spaces\u00a0\u3000end",
+    "if a < b and b > c: d = e / f",
 ] * 8
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

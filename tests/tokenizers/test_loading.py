@@ -14,7 +14,16 @@ from sentencepiece import sentencepiece_model_pb2
 from jaxdistill.tokenizers import ByteTokenizer, TokenizerError, load_tokenizer
 
 ALPHABET_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-TEXTS = ["the quick dog", " 12  345\n", "Café 😀 東京", "<|im_start|>user\nhi<|im_end|>\n", "", "\t", "e\u0301"]
+TEXTS = [
+    "the quick dog",
+    " 12  345\n",
+    "Café 😀 東京",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "",
+    "\t",
+    "e\u0301",
+    "a<s>b</s><unk> <0x41>",
+]
 
 
 def same_ids(left, right, *, parse_special=False):
