@@ -51,10 +51,10 @@ class Batch:
     """Packed token rows as they enter a step. Every field is [batch, length].
 
     Position t holds an input token and the target that it predicts: `targets[t]` is the next token of the same
-    document, which for the last position of a segment is not in the row: a document's last token is only ever a target.
+    document. That of a segment's last position is not in the segment: a document's last token is only ever a target.
     Segment 0 is padding. `loss_mask` is 1 where the *target* is supervised, so padding and prompts have 0.
-    `target_bytes` counts the bytes of the original text that the target stands for,
-    which makes bits per byte comparable across tokenizers.
+    `target_bytes` counts the bytes of the original text that the target stands for, which makes bits per byte
+    comparable across tokenizers.
     """
 
     tokens: Int[Array, "batch length"]

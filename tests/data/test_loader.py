@@ -76,6 +76,7 @@ def test_a_resume_on_any_number_of_processes_continues_exactly(corpus, uninterru
         {name: saved["shards"][name] for name in part.state()["shards"]} for part in second
     ]
     assert_equal(global_batches(second, 12 - step), uninterrupted[step:])
+    assert {part.state()["batches"] for part in second} == {12}
     statistics = [part.statistics for part in second]
     assert sum(each.rows for each in statistics) == 12 * 8
 
