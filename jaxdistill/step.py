@@ -58,7 +58,7 @@ def state_shardings(
     """
     whole = layout.replicated()
     params = {"student": student, "objective": jax.tree.map(lambda _: whole, state.params["objective"])}
-    moments = optax.tree_map_params(
+    moments = optax.tree.map_params(
         optimizer, lambda _, place: place, state.opt_state, params, transform_non_params=lambda _: whole
     )
     return TrainState(step=whole, params=params, opt_state=moments, rng=whole, skipped=whole)
@@ -114,7 +114,7 @@ def make_train_step(
             return gradients(state.params, frozen, teacher_params, rows, coefficients, state.step)
 
         loss, means, grads = _accumulated(micro, batch, accumulate, layout)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)

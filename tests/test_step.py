@@ -1,0 +1,347 @@
+"""The train step: settings that should not change a result do not; what is frozen stays; bad steps change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import LAYOUTS, assert_gradients_close, llama, packed_batch
+
+from jaxdistill import partition
+from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
+from jaxdistill.models.decoder import Execution, apply
+from jaxdistill.models.schema import init_params, param_shardings
+from jaxdistill.optimizer import AdamW, Optax
+from jaxdistill.sharding import DEFAULT_RULES, Layout, put_batch
+from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
+from jaxdistill.types import Batch
+
+STUDENT, TEACHER = llama(layers=2), llama(layers=3, embed=24, mlp=40, tied=False)
+TERMS = {"kl": ForwardKL(temperature=2.0), "cross_entropy": CrossEntropy(weight=0.2)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a step is run; none of it may change what it computes."""
+
+    layout: str = "one device"
+    accumulate: int = 1
+    chunk: int = 128
+    execution: Execution = Execution()
+    teacher_rules: dict = dataclasses.field(default_factory=dict)
+
+
+@functools.cache
+def initial_values():
+    """Student and teacher; the teacher's scores are larger than fresh ones, so that the two disagree."""
+    student, teacher = init_params(STUDENT, jax.random.key(0)), init_params(TEACHER, jax.random.key(1))
+    teacher = {**teacher, "head": {"kernel": 20 * teacher["head"]["kernel"]}}
+    return jax.tree.map(np.asarray, (student, teacher))
+
+
+def prepare(setting: Setting, optimizer=None, *, terms=TERMS, trainable=lambda name: True):
+    """(jitted step, state, frozen, teacher parameters, layout), everything in its place."""
+    optimizer = (optimizer or Optax(optax.sgd(0.5))).build()
+    layout = LAYOUTS[setting.layout]()
+    teacher_layout = Layout(layout.mesh, DEFAULT_RULES.replace(**setting.teacher_rules))
+    key = jax.random.key(0)
+    student, teacher = (jax.tree.map(jnp.asarray, p) for p in initial_values())
+    teacher = jax.device_put(teacher, param_shardings(TEACHER, teacher_layout))
+    student = jax.device_put(student, param_shardings(STUDENT, layout))
+    student, frozen = partition.split(student, trainable)
+    places, _ = partition.split(param_shardings(STUDENT, layout), trainable)
+    start = functools.partial(
+        init_state, terms=terms, optimizer=optimizer, key=key, student_embed=STUDENT.embed, teacher_embed=TEACHER.embed
+    )
+    shardings = state_shardings(jax.eval_shape(start, student), places, layout, optimizer)
+    state = jax.jit(start, out_shardings=shardings)(student)
+    step = make_train_step(
+        functools.partial(apply, STUDENT, layout=layout, execution=setting.execution),
+        functools.partial(apply, TEACHER, layout=teacher_layout),
+        terms,
+        optimizer,
+        chunk=setting.chunk,
+        accumulate=setting.accumulate,
+        layout=layout,
+        teacher_layout=teacher_layout,
+        gradient_shardings=shardings.params,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), state, frozen, teacher, layout
+
+
+def run(setting: Setting, steps: int, optimizer=None, **options):
+    """Losses of some steps, and the last state."""
+    step, state, frozen, teacher, layout = prepare(setting, optimizer, **options)
+    losses = []
+    for number in range(steps):
+        batch = put_batch(layout, jax.tree.map(np.asarray, packed_batch(number)))
+        state, metrics = step(state, frozen, teacher, batch)
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), state
+
+
+@functools.cache
+def reference(steps: int, adam: bool):
+    return run(Setting(), steps, AdamW(learning_rate=0.01) if adam else None)[0]
+
+
+def first_gradients(setting: Setting):
+    """With SGD of rate 1 and one step, the change of the parameters is the gradient."""
+    step, state, frozen, teacher, layout = prepare(setting, Optax(optax.sgd(1.0)))
+    before = jax.tree.map(np.asarray, state.params["student"])
+    batch = put_batch(layout, jax.tree.map(np.asarray, packed_batch()))
+    state, _ = step(state, frozen, teacher, batch)
+    return jax.tree.map(lambda old, new: jnp.asarray(old - np.asarray(new)), before, state.params["student"])
+
+
+EQUAL_SETTINGS = {
+    "accumulate 8": Setting(accumulate=8),
+    "accumulate 2, chunks of 5, fsdp 4 x tensor 2": Setting(layout="fsdp 4 x tensor 2", accumulate=2, chunk=5),
+    "fsdp 8": Setting(layout="fsdp 8"),
+    "data 2 x fsdp 2 x tensor 2": Setting(layout="data 2 x fsdp 2 x tensor 2"),
+    "sequence 2 x fsdp 4": Setting(layout="sequence 2 x fsdp 4"),
+    "another layout for the teacher": Setting(
+        layout="fsdp 4 x tensor 2", teacher_rules={"embed": None, "vocab": ("fsdp", "tensor"), "mlp": None}
+    ),
+    "rematerialised blocks": Setting(execution=Execution(remat="block")),
+    "chunks of 3": Setting(chunk=3),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL_SETTINGS)
+def test_equal_settings_follow_one_trajectory(name):
+    np.testing.assert_allclose(run(EQUAL_SETTINGS[name], 10)[0], reference(10, adam=False), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["accumulate 8", "accumulate 2, chunks of 5, fsdp 4 x tensor 2"])
+def test_equal_settings_follow_one_trajectory_with_adam(name):
+    losses, _ = run(EQUAL_SETTINGS[name], 10, AdamW(learning_rate=0.01))
+    np.testing.assert_allclose(losses, reference(10, adam=True), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["accumulate 8", "accumulate 2, chunks of 5, fsdp 4 x tensor 2", "rematerialised blocks"]
+)
+def test_equal_settings_have_equal_gradients(name):
+    expected = first_gradients(Setting())
+    gradients = first_gradients(EQUAL_SETTINGS[name])
+    # Differences of parameters carry their rounding: compare at that of the parameters' size.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-7), gradients, expected)
+
+
+def test_training_learns():
+    losses, _ = run(Setting(), 10, AdamW(learning_rate=0.01))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_only_the_norms_train_when_all_else_is_frozen():
+    trainable = partition.matches(["*norm.scale"])
+    step, state, frozen, teacher, layout = prepare(
+        Setting(layout="fsdp 8"), AdamW(learning_rate=0.01), trainable=trainable
+    )
+    assert set(partition.names(state.params["student"])) == {
+        "final_norm.scale",
+        "segments.0.mixer.norm.scale",
+        "segments.0.ffn.norm.scale",
+    }
+    before = jax.tree.map(np.asarray, (state.params["student"], frozen, teacher))
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.size > 1]
+    assert sum(m.size for m in moments) == 2 * sum(x.size for x in jax.tree.leaves(before[0]))
+    losses = []
+    for _ in range(5):
+        batch = put_batch(layout, jax.tree.map(np.asarray, packed_batch()))
+        state, metrics = step(state, frozen, teacher, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, (frozen, teacher)), before[1:])
+    changed = jax.tree.map(
+        lambda a, b: not np.array_equal(a, b), jax.tree.map(np.asarray, state.params["student"]), before[0]
+    )
+    assert all(jax.tree.leaves(changed))
+
+
+def test_a_frozen_leaf_may_be_the_teachers_own_buffer():
+    """A student that shares its teacher's head: nothing frozen is donated, so the shared buffer survives the step."""
+    key = jax.random.key(0)
+    params = init_params(STUDENT, key)
+    trainable, frozen = partition.split(params, partition.matches(["segments.*"]))
+    optimizer = Optax(optax.sgd(0.1)).build()
+    state = init_state(trainable, TERMS, optimizer, key=key, student_embed=16, teacher_embed=16)
+    state = jax.tree.map(jnp.copy, state)
+    forward = functools.partial(apply, STUDENT)
+    step = jax.jit(make_train_step(forward, forward, TERMS, optimizer, chunk=64), donate_argnums=0)
+    for _ in range(2):
+        state, metrics = step(state, frozen, params, packed_batch())
+    assert np.isfinite(metrics["loss"])
+    assert np.all(np.isfinite(frozen["embedding"]["kernel"]))
+
+
+def test_parameters_in_both_trees_are_refused():
+    with pytest.raises(ValueError, match="'kernel'; a parameter is trained or frozen, not both"):
+        partition.merge({"head": {"kernel": 1}}, {"head": {"kernel": 2}})
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(accumulate):
+    step, state, frozen, teacher, _ = prepare(Setting(accumulate=accumulate), AdamW(learning_rate=0.01))
+    state, _ = step(state, frozen, teacher, packed_batch(0))
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    bad = {**teacher, "final_norm": {"scale": teacher["final_norm"]["scale"] * jnp.nan}}
+    for number in (1, 2):
+        state, metrics = step(state, frozen, bad, packed_batch(1))
+        assert metrics["skipped"] == 1
+        assert state.skipped.tolist() == [number, number]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, (state.params, state.opt_state)), before)
+    assert state.step == 3
+    state, metrics = step(state, frozen, teacher, packed_batch(2))
+    assert metrics["skipped"] == 0
+    assert state.skipped.tolist() == [0, 2]
+
+
+def test_schedules_follow_consumed_batches_not_applied_updates():
+    """The learning rate is a schedule of the step: after one skipped step, the second batch is trained at its rate."""
+    optimizer = AdamW(learning_rate=lambda step: jnp.where(step == 1, 0.01, 0.0), weight_decay=0.0)
+    step, state, frozen, teacher, _ = prepare(Setting(), optimizer)
+    bad = {**teacher, "final_norm": {"scale": teacher["final_norm"]["scale"] * jnp.nan}}
+    before = jax.tree.map(np.asarray, state.params)
+    state, _ = step(state, frozen, bad, packed_batch(0))
+    state, _ = step(state, frozen, teacher, packed_batch(1))
+    kernel = state.params["student"]["embedding"]["kernel"]
+    assert np.abs(np.asarray(kernel) - before["student"]["embedding"]["kernel"]).max() > 1e-3
+
+
+def test_packed_rows_train_as_separate_rows():
+    packed = packed_batch(rows=2, length=12)
+    assert set(np.unique(packed.segment_ids)) >= {1, 2}
+    rows = []
+    for row in range(2):
+        for segment in (1, 2):
+            here = np.asarray(packed.segment_ids[row]) == segment
+
+            def cut(x, row=row, here=here):
+                values = np.asarray(x[row])[here]
+                return np.pad(values, (0, 12 - len(values)))
+
+            rows.append(jax.tree.map(cut, packed))
+    separate = Batch(
+        **{f.name: jnp.asarray(np.stack([getattr(r, f.name) for r in rows])) for f in dataclasses.fields(Batch)}
+    )
+    forward = functools.partial(apply, STUDENT)
+    teach = functools.partial(apply, TEACHER)
+    optimizer = Optax(optax.sgd(1.0)).build()
+    key = jax.random.key(3)
+    teacher = init_params(TEACHER, key)
+    step = make_train_step(forward, teach, TERMS, optimizer, chunk=16)
+
+    def updated(batch):
+        state = init_state(init_params(STUDENT, key), TERMS, optimizer, key=key, student_embed=16, teacher_embed=24)
+        new, metrics = jax.jit(step)(state, {}, teacher, batch)
+        return metrics["loss"], jax.tree.map(jnp.subtract, state.params, new.params)
+
+    (loss, gradients), (expected, expected_gradients) = updated(packed), updated(separate)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-7), gradients, expected_gradients)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharpened(Term):
+    """A cross-entropy with a learned temperature."""
+
+    def parameters(self, key, *, student_embed, teacher_embed):
+        return {"log_temperature": jnp.float32(0.0)}
+
+    def __call__(self, student, teacher, at, parameters):
+        student = student.at_temperature(jnp.exp(parameters["log_temperature"]))
+        return student.log_normalizer() - student.take(at.targets)
+
+
+@pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
+def test_parameters_of_terms_are_trained_with_the_student(layout):
+    terms = {"sharpened": Sharpened(), "plain": CrossEntropy()}
+    losses, state = run(Setting(layout=layout), 5, AdamW(learning_rate=0.05), terms=terms)
+    expected, _ = run(Setting(), 5, AdamW(learning_rate=0.05), terms=terms)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert set(state.params["objective"]) == {"sharpened"}
+    assert abs(float(state.params["objective"]["sharpened"]["log_temperature"])) > 0.05
+
+
+def test_optimizer_moments_live_beside_their_parameters():
+    _, state, *_ = prepare(Setting(layout="fsdp 4 x tensor 2"), AdamW(learning_rate=0.01))
+    kernel = state.params["student"]["segments"]["0"]["ffn"]["gate"]["kernel"]
+    assert "fsdp" in str(kernel.sharding.spec)
+    assert "tensor" in str(kernel.sharding.spec)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+    assert len(moments) == 4, "two moments each of gate and up"
+    assert all(m.sharding == kernel.sharding for m in moments)
+
+
+def test_the_step_is_traced_once():
+    step, state, frozen, teacher, layout = prepare(Setting(layout="fsdp 8"), AdamW(learning_rate=0.01))
+    for number in range(3):
+        batch = put_batch(layout, jax.tree.map(np.asarray, packed_batch(number)))
+        state, _ = step(state, frozen, teacher, batch)
+    assert step._cache_size() == 1
+
+
+def test_rows_that_accumulation_cannot_split_are_refused():
+    step, state, frozen, teacher, _ = prepare(Setting(accumulate=3))
+    with pytest.raises(ValueError, match="8 rows cannot be split into 3 micro-batches"):
+        step(state, frozen, teacher, packed_batch())
+
+
+def test_evaluation_sums_over_batches_as_over_one_large_batch():
+    layout = LAYOUTS["fsdp 4 x tensor 2"]()
+    teacher = init_params(TEACHER, jax.random.key(1), layout)
+    student = init_params(STUDENT, jax.random.key(0), layout)
+    evaluate = jax.jit(
+        make_eval_step(
+            functools.partial(apply, STUDENT, layout=layout),
+            functools.partial(apply, TEACHER, layout=layout),
+            TERMS,
+            chunk=16,
+            layout=layout,
+        )
+    )
+    one, two = packed_batch(0), packed_batch(1)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one, two)
+    parts = jax.tree.map(jnp.add, evaluate(student, teacher, one), evaluate(student, teacher, two))
+    large = evaluate(student, teacher, both)
+    for name in TERMS:
+        np.testing.assert_allclose(parts[name].value, large[name].value, rtol=1e-5)
+        assert parts[name].count == both.loss_mask.sum()
+
+
+def test_first_gradients_agree_with_a_plain_loss():
+    """The whole step against automatic differentiation of full scores."""
+    key = jax.random.key(0)
+    student, teacher = init_params(STUDENT, key), init_params(TEACHER, jax.random.key(1))
+    teacher = {**teacher, "head": {"kernel": 20 * teacher["head"]["kernel"]}}
+    batch = packed_batch()
+
+    def plain(params):
+        mine, theirs = apply(STUDENT, params, batch), apply(TEACHER, teacher, batch)
+        student_scores = mine.hidden @ mine.head.kernel.T
+        log_q = jax.nn.log_softmax(student_scores / 2)
+        log_p = jax.nn.log_softmax(theirs.hidden @ theirs.head.kernel.T / 2)
+        kl = 4 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+        hard = -jnp.take_along_axis(jax.nn.log_softmax(student_scores), batch.targets[..., None], -1)[..., 0]
+        return ((kl + 0.2 * hard) * batch.loss_mask).sum() / batch.loss_mask.sum()
+
+    captured = {}
+
+    def capture(grads, opt_state, params=None, **extra):
+        captured["grads"] = grads
+        return grads, opt_state
+
+    spy = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), capture)
+    state = init_state(student, TERMS, spy, key=key, student_embed=16, teacher_embed=24)
+    step = make_train_step(functools.partial(apply, STUDENT), functools.partial(apply, TEACHER), TERMS, spy, chunk=24)
+    _, metrics = step(state, {}, teacher, batch)
+    expected, gradients = jax.value_and_grad(plain)(student)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert_gradients_close(captured["grads"]["student"], gradients)

@@ -1,0 +1,65 @@
+"""Tiny models, batches and meshes that many tests share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
+from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
+from jaxdistill.types import Batch
+
+LAYOUTS = {
+    "one device": Layout,
+    "fsdp 8": lambda: Layout(make_mesh(MeshConfig(fsdp=8))),
+    "fsdp 4 x tensor 2": lambda: Layout(make_mesh(MeshConfig(fsdp=4, tensor=2))),
+    "data 2 x fsdp 2 x tensor 2": lambda: Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))),
+    "sequence 2 x fsdp 4": lambda: Layout(make_mesh(MeshConfig(sequence=2, fsdp=4))),
+    "embed over tensor": lambda: Layout(
+        make_mesh(MeshConfig(fsdp=2, tensor=4)), DEFAULT_RULES.replace(vocab=None, embed=("fsdp", "tensor"))
+    ),
+}
+"""Every way of placing a model that a result must not depend on."""
+
+
+def llama(
+    *, vocab: int = 64, embed: int = 16, layers: int = 2, heads: int = 4, kv_heads: int = 2, mlp: int = 32, tied=True
+) -> ModelConfig:
+    layer = LayerSpec(mixer=Attention(heads=heads, kv_heads=kv_heads, head_dim=4), ffn=GatedMLP(mlp=mlp))
+    return ModelConfig(family="llama", vocab=vocab, embed=embed, layers=(layer,) * layers, tied=tied)
+
+
+def packed_batch(seed: int = 0, *, rows: int = 8, length: int = 16, vocab: int = 64) -> Batch:
+    """Rows of two or three documents of random lengths and some padding; row 0 has few supervised targets."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (rows, length + 1))
+    segments = np.zeros((rows, length), np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    mask = np.zeros((rows, length), np.float32)
+    for row in range(rows):
+        ends = np.sort(rng.choice(np.arange(2, length - 1), size=2, replace=False))
+        for segment, (start, stop) in enumerate(zip([0, ends[0]], ends, strict=True), 1):
+            segments[row, start:stop] = segment
+            positions[row, start:stop] = np.arange(stop - start)
+            mask[row, start : stop - 1] = 1.0
+    mask[0, 2:] = 0.0
+    return Batch(
+        tokens=jnp.asarray(tokens[:, :-1], jnp.int32),
+        targets=jnp.asarray(tokens[:, 1:], jnp.int32),
+        loss_mask=jnp.asarray(mask),
+        positions=jnp.asarray(positions),
+        segment_ids=jnp.asarray(segments),
+        target_bytes=jnp.ones((rows, length), jnp.int32),
+    )
+
+
+def assert_gradients_close(given, expected) -> None:
+    """The house's tolerance for gradients: rtol 1e-5, atol 1e-6 of the leaf's largest entry."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-5, atol=1e-6 * float(jnp.abs(b).max()) + 1e-12
+        ),
+        given,
+        expected,
+    )
