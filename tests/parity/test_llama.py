@@ -1,0 +1,211 @@
+"""Our Llama against transformers' own, live: weights, scores, generation, and directories that we write."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill.assets import ASSETS, cache_directory
+from jaxdistill.generate import generate
+from jaxdistill.models.decoder import Rows, apply, scores
+from jaxdistill.models.export import write_hf
+from jaxdistill.models.load import read_model
+from jaxdistill.models.schema import take_layers, unstack
+from jaxdistill.tokenizers.load import load_tokenizer
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODELS = ("tied_wide_heads", "biases_linear", "llama3_rope")
+KEPT = (0, 1, 2, 3, 5, 8, 13, 21, 28, 29)
+
+
+@pytest.fixture(scope="module")
+def gguf_file() -> Path:
+    path = cache_directory() / "smollm2" / ASSETS["smollm2"].files[0].name
+    assert path.is_file(), f"{path} is missing; run `python tools/fetch_assets.py smollm2`."
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(gguf_file):
+    return read_model(gguf_file)
+
+
+@pytest.fixture(scope="module")
+def theirs(gguf_file):
+    return hf_model(gguf_file.parent, gguf_file=gguf_file.name)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(gguf_file):
+    return load_tokenizer(gguf_file)
+
+
+def hf_model(folder: Path, **arguments):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **arguments)
+    return model.eval()
+
+
+def hf_scores(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy()
+
+
+def our_scores(config, params, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+
+    def run(params):
+        outputs = apply(config, params, Rows(tokens, positions, mask))
+        return scores(outputs.hidden, outputs.head)
+
+    return np.asarray(jax.jit(run)(params))
+
+
+def rows_of(tokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded tokens and their mask."""
+    tokens, mask = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.int32)
+    for row, text in enumerate(texts):
+        ids = tokenizer.encode(text).ids[:length]
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
+    return tokens, mask
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """One text of each of six held-out domains, the last shorter than the row."""
+    file = cache_directory() / "heldout" / "heldout.jsonl"
+    assert file.is_file(), f"{file} is missing; run `python tools/fetch_assets.py heldout`."
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    long = {row["type"]: row["text"] for row in rows if len(row["text"]) > 1000}
+    quote = next(row["text"] for row in rows if row["type"] == "quotes")
+    tokens, mask = rows_of(tokenizer, [*long.values(), quote[:60]], 160)
+    assert len(tokens) == 6
+    assert mask[:5].all()
+    assert 0 < mask[5].sum() < 40
+    return tokens, mask
+
+
+def tiny_rows() -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.random.default_rng(1).integers(0, 48, (4, 30))
+    return tokens, (np.arange(30) < np.array([30, 30, 13, 1])[:, None]).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_committed_scores_are_still_those_of_transformers(name):
+    with np.load(GOLDEN / "llama_tiny.npz") as arrays:
+        tokens, mask, expected = (arrays[f"{name}.{part}"] for part in ("tokens", "mask", "scores"))
+    found = hf_scores(hf_model(GOLDEN / "llama_tiny" / name), tokens, mask)
+    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tiny_models_score_alike_also_after_being_written(name, tmp_path):
+    config, params = read_model(GOLDEN / "llama_tiny" / name)
+    tokens, mask = tiny_rows()
+    original = hf_scores(hf_model(GOLDEN / "llama_tiny" / name), tokens, mask)
+    np.testing.assert_allclose(our_scores(config, params, tokens, mask)[mask == 1], original[mask == 1], atol=1e-4)
+    write_hf(tmp_path / "out", config, params, dtype="float32")
+    np.testing.assert_array_equal(hf_scores(hf_model(tmp_path / "out"), tokens, mask), original)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", ["both", "new", "old"])
+def test_written_config_is_the_same_to_transformers(name, layout, tmp_path):
+    from transformers import AutoConfig
+
+    config, params = read_model(GOLDEN / "llama_tiny" / name)
+    write_hf(tmp_path / "out", config, params, dtype="float32")
+    file = tmp_path / "out" / "config.json"
+    fields = json.loads(file.read_text())
+    for key in {"both": (), "new": ("rope_theta", "rope_scaling"), "old": ("rope_parameters",)}[layout]:
+        del fields[key]
+    file.write_text(json.dumps(fields))
+    unrelated = {"_name_or_path", "bos_token_id", "eos_token_id", "dtype", "transformers_version"}
+    found, expected = (
+        {k: v for k, v in AutoConfig.from_pretrained(folder).to_dict().items() if k not in unrelated}
+        for folder in (tmp_path / "out", GOLDEN / "llama_tiny" / name)
+    )
+    for rope in (found["rope_parameters"], expected["rope_parameters"]):
+        rope.pop("type", None)
+    assert found == expected
+
+
+def test_every_tensor_of_the_gguf_file_equals_transformers_dequantisation(ours, theirs):
+    config, params = ours
+    flat = unstack(config, params)
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
+    assert theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()
+    parts = {
+        "input_layernorm": "mixer.norm.scale",
+        "post_attention_layernorm": "ffn.norm.scale",
+        "self_attn.q_proj": "mixer.query.kernel",
+        "self_attn.k_proj": "mixer.key.kernel",
+        "self_attn.v_proj": "mixer.value.kernel",
+        "self_attn.o_proj": "mixer.output.kernel",
+        "mlp.gate_proj": "ffn.gate.kernel",
+        "mlp.up_proj": "ffn.up.kernel",
+        "mlp.down_proj": "ffn.down.kernel",
+    }
+    names = {f"model.layers.{i}.{hf}.weight": f"layers.{i}.{our}" for i in range(30) for hf, our in parts.items()}
+    names |= {"model.embed_tokens.weight": "embedding.kernel", "model.norm.weight": "final_norm.scale"}
+    assert set(names) == set(state)
+    assert set(names.values()) == set(flat)
+    for hf, our in names.items():
+        kernel = np.asarray(flat[our])
+        if "proj" in hf:  # torch has [out, in], with the heads flattened
+            kernel = kernel.reshape(-1, 576).T if "o_proj" in hf else kernel.reshape(kernel.shape[0], -1).T
+        np.testing.assert_array_equal(kernel, state[hf], err_msg=hf)
+
+
+def test_scores_of_real_text(ours, theirs, text):
+    tokens, mask = text
+    expected, found = hf_scores(theirs, tokens, mask), our_scores(*ours, tokens, mask)
+    assert np.abs(expected[mask == 1]).max() > 20
+    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-3, rtol=0)
+
+
+def test_greedy_generation_with_a_cache(ours, theirs, tokenizer):
+    import torch
+
+    prompts = ["The capital of France is", "def fibonacci(n):\n    "]
+    ids = [tokenizer.encode(p).ids.tolist() for p in prompts]
+    (end,) = {theirs.generation_config.eos_token_id}
+    found = generate(*ours, ids, max_new_tokens=40, temperature=0.0, stop=frozenset({end}))
+    for prompt, continuation in zip(ids, found, strict=True):
+        attended = torch.ones(1, len(prompt), dtype=torch.long)
+        made = theirs.generate(torch.tensor([prompt]), attention_mask=attended, max_new_tokens=40, do_sample=False)
+        # transformers keeps the token that ended the text.
+        assert [i for i in made[0, len(prompt) :].tolist() if i != end] == continuation
+        assert len(continuation) > 20
+
+
+def test_student_cut_from_the_teacher_loads_in_transformers(ours, tokenizer, text, tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    config, params = take_layers(*ours, KEPT)
+    folder = write_hf(
+        tmp_path / "student", config, params, dtype="float32", tokenizer=tokenizer, max_shard_bytes=100_000_000
+    )
+    tokens, mask = text
+    student = hf_model(folder)
+    assert sum(p.numel() for p in student.parameters()) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    np.testing.assert_allclose(
+        our_scores(config, params, tokens, mask)[mask == 1], hf_scores(student, tokens, mask)[mask == 1], atol=1e-3
+    )
+    sentence = "Ünïcode, 数字 and\n\tcode: x += 1"
+    assert AutoTokenizer.from_pretrained(folder)(sentence)["input_ids"] == tokenizer.encode(sentence).ids.tolist()
+    generation = GenerationConfig.from_pretrained(folder)
+    assert (generation.bos_token_id, generation.pad_token_id) == (tokenizer.special.bos, tokenizer.special.pad)
+    assert set(generation.eos_token_id) == tokenizer.special.stop
+    shutil.rmtree(folder)
