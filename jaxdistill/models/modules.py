@@ -6,6 +6,7 @@ Modules are built abstractly only (`models.schema`), and called with parameters 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,17 +69,22 @@ class Linear(nnx.Module):
     """Contracts the first `inputs` axes of a kernel with the last axes of x; adds a bias of the remaining axes."""
 
     def __init__(self, shape: tuple[int, ...], axes: Axes, *, inputs: int, bias: bool, scale: float = 1.0):
-        fan_in = 1
-        for size in shape[:inputs]:
-            fan_in *= size
-        self.kernel = parameter(shape, axes, normal(scale * fan_in**-0.5))
+        self.kernel = parameter(shape, axes, normal(scale * math.prod(shape[:inputs]) ** -0.5))
         if bias:
             self.bias = parameter(shape[inputs:], axes[inputs:], zeros)
         self.inputs = inputs
         self.has_bias = bias
 
-    def __call__(self, x: Array) -> Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.inputs)
+    def __call__(self, x: Array, context: Context) -> Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        lead, outputs = x.shape[: x.ndim - self.inputs], kernel.shape[self.inputs :]
+        if context.layout.split("length") == 1:
+            # One matrix of all tokens: with two token axes to sum over, XLA copies both operands of the kernel's
+            # gradient into another order first. A split length cannot be merged with the batch, so it keeps both.
+            x = x.reshape(math.prod(lead), math.prod(kernel.shape[: self.inputs]))
+            y = (x @ kernel.reshape(x.shape[1], math.prod(outputs))).reshape(*lead, *outputs)
+        else:
+            y = jnp.tensordot(x, kernel, axes=self.inputs)
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
@@ -105,13 +111,13 @@ class AttentionMixer(nnx.Module):
         table = context.ropes[self.spec.rope, self.spec.head_dim]
         constrain = context.layout.constrain
         normed = self.norm(x, context.dtype)
-        query = constrain(rotate(self.query(normed), table), ("batch", "length", "heads", None))
-        key = constrain(rotate(self.key(normed), table), ("batch", "length", "kv_heads", None))
-        value = constrain(self.value(normed), ("batch", "length", "kv_heads", None))
+        query = constrain(rotate(self.query(normed, context), table), ("batch", "length", "heads", None))
+        key = constrain(rotate(self.key(normed, context), table), ("batch", "length", "kv_heads", None))
+        value = constrain(self.value(normed, context), ("batch", "length", "kv_heads", None))
         heads, memory = context.attend(query, key, value)
         heads = constrain(heads, ("batch", "length", "heads", None))
         points = {"mixer_normed": normed, "query": query, "key": key, "value": value, "heads": heads}
-        return self.output(heads), {**points, "memory": memory}
+        return self.output(heads, context), {**points, "memory": memory}
 
 
 class GatedFFN(nnx.Module):
@@ -127,9 +133,9 @@ class GatedFFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
         normed = self.norm(x, context.dtype)
-        mlp = ACTIVATIONS[self.spec.activation](self.gate(normed)) * self.up(normed)
+        mlp = ACTIVATIONS[self.spec.activation](self.gate(normed, context)) * self.up(normed, context)
         mlp = context.layout.constrain(mlp, ("batch", "length", "mlp"))
-        return self.down(mlp), {"ffn_normed": normed, "mlp": mlp}
+        return self.down(mlp, context), {"ffn_normed": normed, "mlp": mlp}
 
 
 class Block(nnx.Module):
