@@ -15,74 +15,88 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill import partition
-from jaxdistill.types import Params, Scalar, at_step
+from jaxdistill.types import Params, Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WarmupCosine:
-    """Linear warm-up from 0 to `peak`, then half a cosine down to `final` at `total_steps`."""
+    """Linear warm-up to `peak`, then half a cosine down to `final` (a share of peak) at the end of the run."""
 
     peak: float
-    total_steps: int
-    warmup_steps: int = 0
-    final: float = 0.0
+    warmup: float = 0.05
+    """The share of the run that warms up."""
+    final: float = 0.1
 
     def __post_init__(self):
-        _check_steps("WarmupCosine", self.total_steps, self.warmup_steps)
+        _check_shares("WarmupCosine", self.peak, self.warmup)
 
-    def __call__(self, step):
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        falling = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-        return _warmed(self, step, self.final + (self.peak - self.final) * falling)
+    def over(self, steps: int) -> Schedule:
+        """The rate at each step of a run of this many."""
+        rise = round(self.warmup * steps)
+
+        def rate(step):
+            progress = jnp.clip((step - rise) / max(1, steps - rise), 0.0, 1.0)
+            share = self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+            return self.peak * jnp.minimum(share, _risen(step, rise))
+
+        return rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay:
-    """Linear warm-up from 0 to `peak`, constant, then linear to `final` over the last `decay_steps` (WSD)."""
+    """Linear warm-up to `peak`, constant, then linear to `final` (a share of peak) over the last `decay` of the run."""
 
     peak: float
-    total_steps: int
-    decay_steps: int
-    warmup_steps: int = 0
+    warmup: float = 0.05
+    decay: float = 0.2
     final: float = 0.0
 
     def __post_init__(self):
-        _check_steps("WarmupStableDecay", self.total_steps, self.warmup_steps + self.decay_steps)
+        _check_shares("WarmupStableDecay", self.peak, self.warmup, self.decay)
 
-    def __call__(self, step):
-        progress = (step - (self.total_steps - self.decay_steps)) / max(1, self.decay_steps)
-        return _warmed(self, step, self.peak + (self.final - self.peak) * jnp.clip(progress, 0.0, 1.0))
+    def over(self, steps: int) -> Schedule:
+        """The rate at each step of a run of this many."""
+        rise, fall = round(self.warmup * steps), max(1, round(self.decay * steps))
+
+        def rate(step):
+            progress = jnp.clip((step - (steps - fall)) / fall, 0.0, 1.0)
+            return self.peak * jnp.minimum(1 - (1 - self.final) * progress, _risen(step, rise))
+
+        return rate
 
 
-def _check_steps(name: str, total: int, needed: int) -> None:
-    if total < 1 or needed > total or needed < 0:
+def _check_shares(name: str, peak: float, *shares: float) -> None:
+    if not peak > 0 or any(not 0 <= s <= 1 for s in shares) or sum(shares) > 1:
         raise ValueError(
-            f"{name} has {total} total_steps and {needed} steps of warm-up and decay; they must fit in it."
+            f"{name} has peak {peak} and shares of the run {shares}; the peak must be positive, the shares between 0 "
+            "and 1 and at most 1 together."
         )
 
 
-def _warmed(schedule: WarmupCosine | WarmupStableDecay, step: Any, value: Any) -> Any:
+def _risen(step: Any, rise: int) -> Any:
     # The first step already learns: a rate of 0 would waste its batch.
-    rising = schedule.peak * (step + 1) / max(1, schedule.warmup_steps)
-    return jnp.where(step < schedule.warmup_steps, rising, value)
+    return jnp.minimum((step + 1) / max(1, rise), 1.0)
+
+
+LearningRate = float | WarmupCosine | WarmupStableDecay
 
 
 class Optimizer(Protocol):
     """What builds the transformation for a run; `AdamW` is one, `Optax` wraps any other."""
 
-    def build(self) -> optax.GradientTransformationExtraArgs: ...
+    def build(self, steps: int) -> optax.GradientTransformationExtraArgs: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
     """AdamW with decoupled weight decay and clipping by the global gradient norm (Loshchilov & Hutter 2019).
 
-    learning_rate: a number or a schedule of the step. no_decay: shell patterns of dotted parameter names that are
+    learning_rate: a number or a schedule over the run. no_decay: shell patterns of dotted parameter names that are
     not decayed (`student.segments.0.ffn.norm.scale`, `objective.*`). clip_norm: None leaves gradients as they are.
     state_dtype: how both moments are stored; they are computed in float32.
     """
 
-    learning_rate: Scalar = 1e-4
+    learning_rate: LearningRate = 1e-4
     first_decay: float = 0.9
     second_decay: float = 0.95
     epsilon: float = 1e-8
@@ -95,14 +109,21 @@ class AdamW:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"AdamW.clip_norm is {self.clip_norm}; give a positive norm, or None to leave gradients.")
 
-    def build(self) -> optax.GradientTransformationExtraArgs:
+    def build(self, steps: int) -> optax.GradientTransformationExtraArgs:
+        """The transformation for a run of this many steps."""
+        rate = self.rate(steps)
         adam = optax.scale_by_adam(b1=self.first_decay, b2=self.second_decay, eps=self.epsilon)
         return optax.chain(
             optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm),
             adam if self.state_dtype == "float32" else stored_as(adam, jnp.dtype(self.state_dtype)),
             optax.add_decayed_weights(self.weight_decay, mask=self._decayed),
-            scale_by_step(lambda step: -at_step(self.learning_rate, step)),
+            scale_by_step(lambda step: -rate(step)),
         )
+
+    def rate(self, steps: int) -> Schedule:
+        """The learning rate at each step of a run of this many."""
+        given = self.learning_rate
+        return (lambda step: given) if isinstance(given, int | float) else given.over(steps)
 
     def _decayed(self, params: Params) -> Params:
         kept = partition.matches(self.no_decay)
@@ -111,11 +132,11 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True)
 class Optax:
-    """Any optax transformation as it is, its learning rate included."""
+    """Any optax transformation as it is, its learning rate and its own step count included."""
 
     transformation: optax.GradientTransformation
 
-    def build(self) -> optax.GradientTransformationExtraArgs:
+    def build(self, steps: int) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(self.transformation)
 
 

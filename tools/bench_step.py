@@ -135,7 +135,7 @@ class _Work:
         self.teacher = _llama(vocab, embed=512, layers=8, heads=8, kv_heads=4, mlp=1536)
         self.student = _llama(vocab, embed=256, layers=4, heads=4, kv_heads=2, mlp=768)
         self.terms = {"kl": ForwardKL()}
-        self.optimizer = AdamW(learning_rate=1e-3).build()
+        self.optimizer = AdamW(learning_rate=1e-3).build(10)
         self.student_apply = lambda params, rows: apply(self.student, params, rows)
         self.teacher_apply = lambda params, rows: apply(self.teacher, params, rows)
         key = jax.random.key(0)

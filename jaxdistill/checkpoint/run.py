@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from jaxdistill.checkpoint import arrays, records
 from jaxdistill.checkpoint.arrays import CheckpointError
+from jaxdistill.checkpoint.retention import Retention, ranked
 
 _log = logging.getLogger(__name__)
 
@@ -34,36 +35,6 @@ FORMAT = "jaxdistill run checkpoint"
 VERSION = 1
 _NAME = re.compile(r"step_(\d{8,})(?:_r(\d+))?")
 _CONTENT = {"arrays", "records", "_CHECKPOINT_METADATA", "commit_success.txt"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Retention:
-    """Which checkpoints are kept: the `last` ones, those whose step is a multiple of `every`, and the `best`.
-
-    Best is lowest metric; checkpoints without one (or with a metric that is not finite) are never best. Everything
-    else that the run saved is deleted once a newer checkpoint is whole; nothing that it did not save ever is.
-    """
-
-    last: int = 3
-    every: int | None = None
-    best: int = 1
-
-    def __post_init__(self):
-        if self.last < 1 or self.best < 0 or (self.every is not None and self.every < 1):
-            raise ValueError(f"{self}: `last` must be at least 1, `best` at least 0, `every` at least 1 or None.")
-
-    def keeps(self, metrics: dict[int, float | None]) -> set[int]:
-        """Of these steps, with their metrics, the ones to keep."""
-        steps = sorted(metrics)
-        kept = set(steps[-self.last :])
-        if self.every is not None:
-            kept |= {step for step in steps if step % self.every == 0}
-        return kept | set(_ranked(metrics)[: self.best])
-
-
-def _ranked(metrics: dict[int, float | None]) -> list[int]:
-    """Steps with a metric, best first; of equals the later one."""
-    return sorted((s for s, m in metrics.items() if m is not None), key=lambda s: (metrics[s], -s))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +132,8 @@ class RunCheckpoints:
 
     def best(self) -> int | None:
         """The whole checkpoint with the lowest metric, or None when none has one."""
-        ranked = _ranked(self._metrics())
-        return ranked[0] if ranked else None
+        steps = ranked(self._metrics())
+        return steps[0] if steps else None
 
     def torn(self) -> list[Path]:
         """What interrupted saves left behind, in name order: never read, never deleted (unless saved again)."""

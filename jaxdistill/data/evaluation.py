@@ -22,6 +22,7 @@ def eval_batches(
     length: int,
     batch_size: int,
     windows_per_document: int | None = None,
+    max_windows: int | None = None,
     pack: bool = True,
     prepend_bos: bool = False,
     append_eos: bool = False,
@@ -29,14 +30,19 @@ def eval_batches(
     """All documents as batches of NumPy arrays [batch_size, rows' length], deterministic, the last filled with padding.
 
     A document is cut into consecutive windows of `length` predictions, each seen without what comes before it; the
-    first `windows_per_document` are kept (None: all). Packed, every batch has the one shape [batch_size, length]; with
+    first `windows_per_document` are kept (None: all), and of these the first `max_windows` of the text. Packed, every batch has the one shape [batch_size, length]; with
     one window per row (`pack=False`), rows have length / 4, length / 2 or length (rounded up), shortest first.
 
     Without `prepend_bos` the first token of a document is predicted by nothing and is not evaluated: the sum of
     `target_bytes` is the documents' bytes less those of their first tokens (and of windows left out). The end token is
     left out by default, since it stands for no bytes and would add to bits per byte.
     """
-    for name, value in (("length", length), ("batch_size", batch_size), ("windows_per_document", windows_per_document)):
+    for name, value in (
+        ("length", length),
+        ("batch_size", batch_size),
+        ("windows_per_document", windows_per_document),
+        ("max_windows", max_windows),
+    ):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     tokenize = DocumentTokenizer(tokenizer, prepend_bos=prepend_bos, append_eos=append_eos)
@@ -44,6 +50,9 @@ def eval_batches(
     for records, field in _chunks(data):
         for document in tokenize(records, [field] * len(records)):
             windows += cut(document, length=length, long_documents="split")[0][:windows_per_document]
+        if max_windows is not None and len(windows) >= max_windows:
+            windows = windows[:max_windows]
+            break
     if not windows:
         raise ValueError("no document has anything to predict: each is empty, a single token, or unsupervised.")
     shapes = {length: _packed(windows, length)} if pack else _by_length(windows, length)

@@ -1,0 +1,1 @@
+"""Making a model smaller by what its parts contribute."""

@@ -1,0 +1,203 @@
+"""What a training run is: the configuration that a recipe returns and the command line overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxdistill.checkpoint.retention import Retention
+from jaxdistill.data.pipeline import DataConfig
+from jaxdistill.losses.terms import ForwardKL, Term
+from jaxdistill.models.decoder import Execution
+from jaxdistill.optimizer import AdamW, Optimizer, WarmupCosine
+from jaxdistill.sharding import DEFAULT_RULES, MeshConfig, Rules
+from jaxdistill.specs import ModelConfig
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The model that is imitated."""
+
+    path: str | None = None
+    """A directory that `jaxdistill convert` wrote, a Hugging Face directory, or a .gguf file. None trains on text
+    alone."""
+    parameter_dtype: DType = "float32"
+    execution: Execution = dataclasses.field(default_factory=Execution)
+    rules: Rules = DEFAULT_RULES
+    """Where its parameters live on the mesh."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The model that learns. It starts as (part of) a model on disk, or fresh from `model`."""
+
+    path: str | None = None
+    """The model to start from; None is the teacher."""
+    layers: int | None = None
+    """Keep this many layers, those of highest Block Influence on the first training batches; None keeps all."""
+    keep: tuple[int, ...] = ()
+    """Keep exactly these layers, instead of `layers`."""
+    model: ModelConfig | None = None
+    """A fresh model of this shape, instead of one on disk."""
+    tokenizer: str | None = None
+    """Of a fresh model without a teacher: a path, or "bytes"."""
+    trainable: tuple[str, ...] = ("*",)
+    """Shell patterns of the parameters that are trained (`segments.*`, `*.norm.scale`); the rest is frozen."""
+    execution: Execution = dataclasses.field(default_factory=Execution)
+    rules: Rules = DEFAULT_RULES
+
+    def __post_init__(self):
+        sources = [n for n in ("path", "model") if getattr(self, n) is not None]
+        if len(sources) > 1:
+            raise ValueError("StudentConfig.path and StudentConfig.model are both given; a student starts from one.")
+        if self.layers is not None and self.keep:
+            raise ValueError("StudentConfig.layers and StudentConfig.keep are both given; say how many, or which.")
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"StudentConfig.layers is {self.layers}; a student keeps at least 1 layer.")
+        if self.model is not None and (self.layers is not None or self.keep):
+            raise ValueError("StudentConfig.model gives its own layers; leave out `layers` and `keep`.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """Evaluation during training, on text that is not trained on."""
+
+    path: str | None = None
+    """Text as in DataConfig.path; None evaluates nothing."""
+    every: int = 100
+    """Steps between evaluations. Every checkpoint is evaluated too, so that the best one is known."""
+    windows: int = 64
+    """Rows of DataConfig.length tokens, from the beginning of the text."""
+
+    def __post_init__(self):
+        if self.every < 1 or self.windows < 1:
+            raise ValueError(f"{self}: `every` and `windows` must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    retention: Retention = dataclasses.field(default_factory=Retention)
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"CheckpointConfig.every is {self.every}; it must be at least 1 step.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training, besides RUN/metrics.jsonl."""
+
+    every: int = 10
+    """Steps between lines; their values are means over the steps in between."""
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (extra `[wandb]`)."""
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"LogConfig.every is {self.every}; it must be at least 1 step.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A distillation run."""
+
+    out: str
+    """The run's directory. One that holds checkpoints of this configuration is resumed."""
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    losses: dict[str, Term] = dataclasses.field(default_factory=lambda: {"kl": ForwardKL()})
+    """The objective: the sum of these terms, each times its weight."""
+    optimizer: Optimizer = dataclasses.field(default_factory=lambda: AdamW(learning_rate=WarmupCosine(peak=1e-4)))
+    steps: int = 1000
+    accumulate: int = 1
+    """Micro-batches per step; changes memory, not results."""
+    chunk: int | None = None
+    """Positions that the head scores at once on each device; None chooses by the vocabulary."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    held_out: HeldOutConfig = dataclasses.field(default_factory=HeldOutConfig)
+    checkpoints: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    export: Literal["huggingface", "jaxdistill", "none"] = "huggingface"
+    """What RUN/student is written as when the run is finished."""
+    stop_after_skipped: int = 20
+    """Stop when this many steps in a row had a loss or gradient that is not finite."""
+    seed: int = 0
+    compilation_cache: str | None = None
+    """Where compiled programs are kept for later runs; None is `xla` in the cache directory, "none" keeps none."""
+    processes: Literal["one", "automatic"] = "one"
+    """"automatic" joins the processes of a pod or cluster through jax.distributed."""
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate", "stop_after_skipped"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"TrainConfig.chunk is {self.chunk}; it must be at least 1, or None.")
+        if not self.losses:
+            raise ValueError("TrainConfig.losses is empty; give at least one term.")
+        if self.teacher.path is None and self.student.path is None and self.student.model is None:
+            return  # A recipe may leave the models to the command line; `check` refuses them when the run starts.
+
+    def check(self) -> None:
+        """Refuses what cannot run, before any device is touched."""
+        if not self.out:
+            raise ValueError("no run directory; give --out DIR.")
+        if self.data.path is None and not self.data.sources:
+            raise ValueError("nothing to train on; give --data.path FILE (text, JSONL, Parquet, ArrayRecord, TFDS).")
+        if self.teacher.path is None and self.student.path is None and self.student.model is None:
+            raise ValueError("no model; give --teacher.path DIR (and --student.path DIR for a student of its own).")
+        if self.teacher.path is None and self.student.model is not None and self.student.tokenizer is None:
+            raise ValueError('a fresh student without a teacher needs --student.tokenizer PATH, or "bytes".')
+
+
+MAY_CHANGE = frozenset(
+    {"out", "log", "checkpoints", "held_out", "mesh", "accumulate", "chunk", "export", "compilation_cache"}
+    | {"processes", "stop_after_skipped", "data.prefetch_batches"}
+    | {f"{model}.{field}" for model in ("teacher", "student") for field in ("execution.remat", "rules")}
+)
+"""What a resume may give differently: nothing here changes what is computed, beyond rounding."""
+
+
+def batch_divisors(config: TrainConfig, devices: int) -> None:
+    """Refuses a batch that the mesh and accumulation do not divide, with the nearest legal sizes."""
+    sizes = config.mesh.sizes(devices)
+    rows = sizes["data"] * sizes["fsdp"] * config.accumulate
+    if config.data.batch_size % rows:
+        below = config.data.batch_size // rows * rows
+        legal = " or ".join(str(n) for n in (below, below + rows) if n)
+        raise ValueError(
+            f"data.batch_size is {config.data.batch_size}, which data {sizes['data']} x fsdp {sizes['fsdp']} devices x "
+            f"{config.accumulate} micro-batches (= {rows}) do not divide; the nearest legal sizes are {legal}."
+        )
+    if config.data.length % sizes["sequence"]:
+        raise ValueError(
+            f"data.length is {config.data.length}, which {sizes['sequence']} sequence shards do not divide; "
+            f"use a multiple of {sizes['sequence']}."
+        )
+
+
+def as_document(config: TrainConfig) -> Any:
+    """The configuration as JSON values, for the run's directory and for comparison on resume."""
+    return _document(config)
+
+
+def _document(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _document(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__qualname__, **fields}
+    if isinstance(value, dict):
+        return {str(key): _document(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_document(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    # A function (a schedule, an optax transformation): its name is what can be compared.
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"

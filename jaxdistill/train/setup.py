@@ -1,0 +1,234 @@
+"""From a configuration to what the loop needs: mesh, teacher, student, data, compiled steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import partition
+from jaxdistill.assets import cache_directory
+from jaxdistill.checkpoint.open import Model, open_model
+from jaxdistill.losses.chunked import default_chunk
+from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
+from jaxdistill.models.decoder import Execution, apply
+from jaxdistill.models.flops import forward_flops
+from jaxdistill.models.schema import init_params, param_shardings, take_layers
+from jaxdistill.prune.block_influence import block_influence_tap, most_influential
+from jaxdistill.sharding import Layout, make_mesh, put_batch
+from jaxdistill.specs import ModelConfig
+from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
+from jaxdistill.tokenizers import Tokenizer, load_tokenizer
+from jaxdistill.train.config import TrainConfig
+from jaxdistill.types import Batch, Mean, Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The mesh of a run, and where student and teacher live on it."""
+
+    student: Layout
+    teacher: Layout
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Places:
+        if jax.device_count() == 1:
+            return cls(Layout(), Layout())
+        mesh = make_mesh(config.mesh)
+        return cls(Layout(mesh, config.student.rules), Layout(mesh, config.teacher.rules))
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """What learns: its shape, the leaves that are trained, those that are not, and the tokenizer."""
+
+    config: ModelConfig
+    trainable: Params
+    frozen: Params
+    tokenizer: Tokenizer
+    kept: tuple[int, ...] | None
+    """The layers kept of the model it was made from; None when it is whole or fresh."""
+
+    @property
+    def params(self) -> Params:
+        return partition.merge(self.trainable, self.frozen)
+
+
+def enable_compilation_cache(choice: str | None) -> None:
+    """Keeps compiled programs on disk, so that a second run of the same shapes starts at once."""
+    if choice == "none":
+        return
+    directory = Path(choice) if choice else cache_directory() / "xla"
+    directory.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def open_teacher(config: TrainConfig, places: Places) -> Model | None:
+    """The teacher, or None when the run trains on text alone."""
+    if config.teacher.path is None:
+        return None
+    return open_model(config.teacher.path, layout=places.teacher, dtype=jnp.dtype(config.teacher.parameter_dtype))
+
+
+def make_student(config: TrainConfig, teacher: Model | None, places: Places, batches: Iterable[Batch]) -> Student:
+    """The student at step 0: fresh, or (some layers of) a model on disk or the teacher.
+
+    batches: calibration batches for Block Influence; only read when layers are chosen by it.
+    """
+    chosen = config.student
+    if chosen.model is not None:
+        params = init_params(chosen.model, jax.random.key(config.seed), places.student)
+        tokenizer = load_tokenizer(chosen.tokenizer) if chosen.tokenizer else _tokenizer_of(teacher)
+        return _partitioned(config, chosen.model, params, tokenizer, None)
+    source = _source(config, teacher, places)
+    kept = chosen.keep or None
+    if chosen.layers is not None:
+        influence = layer_influence(source, places.student, chosen.execution, batches)
+        kept = most_influential(influence, chosen.layers)
+    if kept is None:
+        return _partitioned(config, source.config, source.params, source.tokenizer, None)
+    shape, params = take_layers(source.config, source.params, kept)
+    params = jax.device_put(params, param_shardings(shape, places.student))
+    return _partitioned(config, shape, params, source.tokenizer, kept)
+
+
+def layer_influence(model: Model, layout: Layout, execution: Execution, batches: Iterable[Batch]) -> np.ndarray:
+    """Block Influence of every layer, a mean over the tokens of all batches; [layers]."""
+
+    @jax.jit
+    def influence(params: Params, batch: Batch) -> Mean:
+        tapped = apply(
+            model.config, params, batch, layout=layout, execution=execution, taps={"influence": block_influence_tap()}
+        )
+        return tapped.taps["influence"]
+
+    parts = [jax.tree.map(lambda x: np.asarray(x, np.float64), influence(model.params, b)) for b in batches]
+    return np.asarray(functools.reduce(lambda a, b: a + b, parts).value)
+
+
+def _tokenizer_of(teacher: Model | None) -> Tokenizer:
+    if teacher is None:
+        raise ValueError('a fresh student without a teacher needs student.tokenizer: a path, or "bytes".')
+    return teacher.tokenizer
+
+
+def _source(config: TrainConfig, teacher: Model | None, places: Places) -> Model:
+    if config.student.path is not None:
+        return open_model(config.student.path, layout=places.student)
+    assert teacher is not None, "TrainConfig.check requires a model"
+    # The student's leaves are donated to the step: they must not be the teacher's own buffers.
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), teacher.params)
+    return dataclasses.replace(teacher, params=jax.device_put(params, param_shardings(teacher.config, places.student)))
+
+
+def _partitioned(
+    config: TrainConfig, shape: ModelConfig, params: Params, tokenizer: Tokenizer, kept: tuple[int, ...] | None
+) -> Student:
+    trainable, frozen = partition.split(params, partition.matches(config.student.trainable))
+    if not trainable:
+        known = ", ".join(list(partition.names(params))[:6])
+        raise ValueError(f"no parameter matches student.trainable {config.student.trainable}; names are like {known}.")
+    return Student(shape, trainable, frozen, tokenizer, kept)
+
+
+def check_vocabularies(student: Student, teacher: Model | None) -> None:
+    """Refuses a teacher and a student whose ids do not mean the same tokens."""
+    if teacher is None:
+        return
+    if teacher.config.vocab != student.config.vocab:
+        raise ValueError(
+            f"the teacher's vocabulary has {teacher.config.vocab} ids and the student's {student.config.vocab}; "
+            "losses on scores need the same ids. Start the student from the teacher, or from a model of its family."
+        )
+    if teacher.tokenizer.fingerprint != student.tokenizer.fingerprint:
+        mine, theirs = student.tokenizer.token_bytes(), teacher.tokenizer.token_bytes()
+        differing = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
+        if differing or len(mine) != len(theirs):
+            example = f"; id {differing[0]} is {mine[differing[0]]!r} / {theirs[differing[0]]!r}" if differing else ""
+            raise ValueError(
+                f"student and teacher have vocabularies of {len(mine)} and {len(theirs)} tokens that differ in "
+                f"{len(differing)} ids{example}. Losses on scores need the same tokens."
+            )
+
+
+class Programs:
+    """The pure steps of a run, jitted for its places."""
+
+    def __init__(self, config: TrainConfig, student: Student, teacher: Model | None, places: Places):
+        self.optimizer = config.optimizer.build(config.steps)
+        self.terms = config.losses
+        self.held_out_terms = held_out_terms(teacher is not None)
+        self.chunk = config.chunk or default_chunk(student.config.vocab // places.student.split("vocab"))
+        self._places = places
+        forward = functools.partial(apply, student.config, layout=places.student, execution=config.student.execution)
+        teach = None
+        if teacher is not None:
+            teach = functools.partial(apply, teacher.config, layout=places.teacher, execution=config.teacher.execution)
+        start = functools.partial(
+            init_state,
+            terms=self.terms,
+            optimizer=self.optimizer,
+            key=jax.random.key(config.seed),
+            student_embed=student.config.embed,
+            teacher_embed=teacher.config.embed if teacher else student.config.embed,
+        )
+        trainable, _ = partition.split(
+            param_shardings(student.config, places.student), partition.matches(config.student.trainable)
+        )
+        self._abstract = jax.eval_shape(start, student.trainable)
+        self.shardings = state_shardings(self._abstract, trainable, places.student, self.optimizer)
+        self.start = jax.jit(start, out_shardings=self.shardings, donate_argnums=0)
+        step = make_train_step(
+            forward,
+            teach,
+            self.terms,
+            self.optimizer,
+            chunk=self.chunk,
+            accumulate=config.accumulate,
+            layout=places.student,
+            teacher_layout=places.teacher,
+            gradient_shardings=self.shardings.params if places.student.mesh is not None else None,
+        )
+        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        self.eval_step = jax.jit(
+            make_eval_step(
+                forward,
+                teach,
+                self.held_out_terms,
+                chunk=self.chunk,
+                layout=places.student,
+                teacher_layout=places.teacher,
+            )
+        )
+        tokens = config.data.batch_size * config.data.length
+        length = config.data.length
+        teacher_flops = forward_flops(teacher.config, length) if teacher else 0.0
+        self.flops_per_step = tokens * (teacher_flops + 3 * forward_flops(student.config, length))
+
+    def expected_state(self) -> TrainState:
+        """The state as shapes and shardings: what a checkpoint is restored into."""
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), self._abstract, self.shardings
+        )
+
+    def put(self, rows: Mapping[str, np.ndarray]) -> Batch:
+        """This process's rows of a batch, on the devices."""
+        return put_rows(self._places, rows)
+
+
+def put_rows(places: Places, rows: Mapping[str, np.ndarray]) -> Batch:
+    """This process's rows of a batch, on the devices."""
+    return put_batch(places.student, Batch(**rows))
+
+
+def held_out_terms(with_teacher: bool) -> dict[str, Term]:
+    """What is measured on held-out text."""
+    terms: dict[str, Term] = {"cross_entropy": CrossEntropy()}
+    return terms | {"kl": ForwardKL(), "agreement": TopOneAgreement()} if with_teacher else terms
