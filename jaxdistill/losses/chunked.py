@@ -58,18 +58,7 @@ def evaluate_terms(
     missing = sorted(set(terms) - set(coefficients))
     if missing:
         raise ValueError(f"no coefficient for the terms {missing}; give one for each of {sorted(terms)}.")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1 position.")
-    if teacher is not None and teacher.head.vocab != student.head.vocab:
-        raise ValueError(
-            f"the teacher scores {teacher.head.vocab} ids and the student {student.head.vocab}; terms on the same ids "
-            "need equal vocabularies. Use a student with the teacher's tokenizer and vocabulary size."
-        )
-    plan = _Plan(
-        terms=dict(terms),
-        chunk=chunk,
-        places=_places(layout, teacher_layout or layout, student, teacher),
-    )
+    plan = _plan(terms, student, teacher, chunk, layout, teacher_layout or layout)
     learned = {
         "hidden": student.hidden,
         "head": student.head,
@@ -85,6 +74,33 @@ def evaluate_terms(
     loss, totals = _evaluate(plan, learned, jax.lax.stop_gradient(given))
     count = loss_mask.sum()
     return loss, {name: Mean(total, count) for name, total in totals.items()}
+
+
+def term_values(
+    terms: Mapping[str, Term],
+    student: Outputs,
+    teacher: Outputs | None,
+    *,
+    targets: Int[Array, "batch length"],
+    loss_mask: Float[Array, "batch length"],
+    chunk: int,
+    layout: Layout = Layout(),
+    teacher_layout: Layout | None = None,
+) -> dict[str, Float[Array, "batch length"]]:
+    """Each term's value at each position times its mask, for evaluation: sums over any groups are the caller's.
+
+    Arguments as in `evaluate_terms`; nothing is differentiated, and terms with parameters of their own get none.
+    """
+    plan = _plan(terms, student, teacher, chunk, layout, teacher_layout or layout)
+    learned = {"hidden": student.hidden, "head": student.head, "parameters": {}}
+    given = {
+        "teacher": None if teacher is None else {"hidden": teacher.hidden, "head": teacher.head},
+        "targets": targets,
+        "mask": loss_mask,
+        "coefficients": {},
+        "step": jnp.int32(0),
+    }
+    return _on_mesh(plan, _scan_positions, learned, given)
 
 
 def term_coefficients(
@@ -120,6 +136,24 @@ class _Plan:
     terms: dict[str, Term]
     chunk: int
     places: _Places
+
+
+def _plan(
+    terms: Mapping[str, Term],
+    student: Outputs,
+    teacher: Outputs | None,
+    chunk: int,
+    layout: Layout,
+    teacher_layout: Layout,
+) -> _Plan:
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1 position.")
+    if teacher is not None and teacher.head.vocab != student.head.vocab:
+        raise ValueError(
+            f"the teacher scores {teacher.head.vocab} ids and the student {student.head.vocab}; terms on the same ids "
+            "need equal vocabularies. Use a student with the teacher's tokenizer and vocabulary size."
+        )
+    return _Plan(terms=dict(terms), chunk=chunk, places=_places(layout, teacher_layout, student, teacher))
 
 
 def _names(entry: Any) -> tuple[str, ...]:
@@ -195,7 +229,11 @@ def _on_mesh(plan: _Plan, scan: Callable, learned: Any, given: Any) -> Any:
         "step": whole,
     }
     values = (whole, dict.fromkeys(plan.terms, whole))
-    out_specs = values if scan is _scan_values else (values, learned_specs)
+    out_specs = {
+        _scan_values: values,
+        _scan_gradients: (values, learned_specs),
+        _scan_positions: dict.fromkeys(plan.terms, places.tokens),
+    }[scan]
     return jax.shard_map(run, mesh=places.mesh, in_specs=(learned_specs, given_specs), out_specs=out_specs)(
         learned, given
     )
@@ -213,6 +251,18 @@ def _scan_values(plan: _Plan, learned: Any, given: Any) -> tuple[Array, Totals]:
 
     sums, _ = jax.lax.scan(body, _zero_sums(plan), chunks)
     return _over_tokens(plan, sums)
+
+
+def _scan_positions(plan: _Plan, learned: Any, given: Any) -> Totals:
+    hidden = learned["hidden"]
+    head, fixed = _spread_head(plan, learned["head"], hidden.dtype), _fixed(plan, given)
+
+    def body(_, chunk):
+        return None, _chunk_values(plan, _vary(chunk.pop("hidden"), plan.places.vocab_axes), head, {}, chunk, fixed)
+
+    _, values = jax.lax.scan(body, None, _chunks(plan, hidden, given))
+    rows, length = hidden.shape[:2]
+    return jax.tree.map(lambda x: x.reshape(-1)[: rows * length].reshape(rows, length), values)
 
 
 def _scan_gradients(plan: _Plan, learned: Any, given: Any) -> tuple[tuple[Array, Totals], Any]:
@@ -257,6 +307,18 @@ def _scan_gradients(plan: _Plan, learned: Any, given: Any) -> tuple[tuple[Array,
 
 
 def _chunk_value(plan: _Plan, hidden: Array, head: Head, parameters: Any, chunk: Any, fixed: Any) -> tuple[Array, Any]:
+    loss = _zero_sums(plan)[0]
+    totals = {
+        name: values.sum() for name, values in _chunk_values(plan, hidden, head, parameters, chunk, fixed).items()
+    }
+    for name, term in plan.terms.items():
+        if callable(term.weight) or term.weight != 0:
+            loss = loss + fixed["coefficients"][name] * totals[name]
+    return loss, totals
+
+
+def _chunk_values(plan: _Plan, hidden: Array, head: Head, parameters: Any, chunk: Any, fixed: Any) -> Totals:
+    """Each term's value at each position of the chunk, 0 where it is not supervised."""
     axes = plan.places.vocab_axes
     mask = chunk["mask"]
     student = Scores(_scores(head, _supervised(hidden, mask)), axes)
@@ -265,15 +327,12 @@ def _chunk_value(plan: _Plan, hidden: Array, head: Head, parameters: Any, chunk:
     else:
         teacher = Scores(_scores(fixed["teacher_head"], _supervised(chunk["teacher_hidden"], mask)), axes)
     at = Positions(targets=chunk["targets"], step=fixed["step"])
-    loss = _zero_sums(plan)[0]
-    totals = {}
+    found = {}
     for name, term in plan.terms.items():
         values = term(student, teacher, at, parameters.get(name, {}))
         _check_values(name, values, mask, axes)
-        totals[name] = (values.astype(jnp.float32) * mask).sum()
-        if callable(term.weight) or term.weight != 0:
-            loss = loss + fixed["coefficients"][name] * totals[name]
-    return loss, totals
+        found[name] = values.astype(jnp.float32) * mask
+    return found
 
 
 def _scores(head: Head, hidden: Array) -> Float[Array, "position vocab_shard"]:
