@@ -1,0 +1,206 @@
+"""The decoder against a float64 NumPy decoder, and what must not change its results."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from tiny import assert_gradients_close, llama, packed_batch
+
+from jaxdistill.models.attention import causal_attention, query_block
+from jaxdistill.models.decoder import Execution, Rows, apply, scores
+from jaxdistill.models.schema import init_params, stack
+from jaxdistill.specs import Attention, GatedMLP, LayerSpec, LinearScaling, Llama3Scaling, ModelConfig, Rope
+
+LLAMA3 = Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=64)
+
+
+def model(*layers: LayerSpec, tied: bool = False) -> ModelConfig:
+    return ModelConfig(family="llama", vocab=32, embed=12, layers=layers, tied=tied)
+
+
+def layer(heads=4, kv_heads=2, head_dim=6, mlp=20, activation="silu", biases=False, rope=Rope()) -> LayerSpec:  # noqa: B008
+    mixer = Attention(
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, bias=biases, output_bias=biases, rope=rope
+    )
+    return LayerSpec(mixer=mixer, ffn=GatedMLP(mlp=mlp, activation=activation, bias=biases))
+
+
+MODELS = {
+    "grouped queries": model(layer(), layer()),
+    "tied": model(layer(), tied=True),
+    "one key-value head, biases": model(layer(kv_heads=1, biases=True), layer(kv_heads=1, biases=True)),
+    "linear rope": model(layer(rope=Rope(theta=500.0, scaling=LinearScaling(factor=4.0)))),
+    "llama3 rope": model(layer(head_dim=16, rope=Rope(theta=100.0, scaling=LLAMA3))),
+    "three segments": model(
+        layer(), layer(), layer(heads=2, mlp=8, activation="gelu_tanh"), layer(rope=Rope(theta=100.0), activation="gelu")
+    ),
+    "relu, relu2": model(layer(activation="relu"), layer(activation="relu2")),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_definition(name):
+    config = MODELS[name]
+    batch = packed_batch(3, rows=3, length=14, vocab=config.vocab)
+    parameters = reference.random_parameters(config)
+    outputs = jax.jit(lambda p: apply(config, p, batch))(stack(config, parameters))
+    expected = reference.hidden(config, parameters, *map(np.asarray, (batch.tokens, batch.positions, batch.segment_ids)))
+    np.testing.assert_allclose(outputs.hidden, expected, rtol=1e-5, atol=1e-5)
+    head = parameters["embedding.kernel" if config.tied else "head.kernel"]
+    np.testing.assert_allclose(scores(outputs.hidden, outputs.head), expected @ head.T, rtol=1e-5, atol=3e-5)
+
+
+def test_llama3_rope_of_this_test_has_all_three_ranges():
+    rope = Rope(theta=100.0, scaling=LLAMA3)
+    ratio = np.array([reference.frequency(rope, 16, i) / reference.frequency(Rope(theta=100.0), 16, i) for i in range(8)])
+    assert np.isclose(ratio, 1).any()
+    assert np.isclose(ratio, 1 / 8).any()
+    assert ((ratio > 0.13) & (ratio < 0.99)).any()
+
+
+def test_a_token_depends_on_exactly_its_past_in_its_segment():
+    config = llama(vocab=12, tied=False)
+    segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0]], np.int32)
+    rows = Rows(jnp.arange(12)[None], jnp.arange(12)[None], jnp.asarray(segment_ids))  # every token occurs once
+    params = init_params(config, jax.random.key(0))
+
+    def at(position, params):
+        return jnp.sum(apply(config, params, rows).hidden[0, position] ** 3)
+
+    for position in range(12):
+        gradient = jax.grad(at, argnums=1)(position, params)["embedding"]["kernel"]
+        depends = np.asarray(jnp.any(gradient != 0, axis=1))
+        expected = (np.arange(12) <= position) & (segment_ids[0] == segment_ids[0, position])
+        np.testing.assert_array_equal(depends, expected)
+
+
+def loss_and_gradients(config, params, rows, weights, **options):
+    def loss(params):
+        outputs = apply(config, params, rows, **options)
+        return jnp.sum(jnp.sin(outputs.hidden.astype(jnp.float32)) * weights), outputs.hidden
+
+    (_, hidden), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return hidden, gradients
+
+
+def test_packing_is_the_same_as_separate_rows():
+    config = llama(tied=False)
+    params = init_params(config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 64, (1, 15)))
+    cuts = [(0, 6), (6, 8), (8, 15)]
+    packed = Rows(
+        tokens,
+        jnp.concatenate([jnp.arange(b - a) for a, b in cuts])[None],
+        jnp.concatenate([jnp.full(b - a, i + 1) for i, (a, b) in enumerate(cuts)])[None],
+    )
+    weights = jnp.asarray(rng.standard_normal((1, 15, config.embed)), jnp.float32)
+    hidden, gradients = loss_and_gradients(config, params, packed, weights)
+    separate = []
+    for a, b in cuts:
+        rows = Rows(tokens[:, a:b], jnp.arange(b - a)[None], jnp.ones((1, b - a), jnp.int32))
+        separate.append(loss_and_gradients(config, params, rows, weights[:, a:b]))
+    np.testing.assert_allclose(hidden, jnp.concatenate([h for h, _ in separate], axis=1), rtol=1e-5, atol=1e-6)
+    assert_gradients_close(gradients, jax.tree.map(lambda *g: sum(g), *(g for _, g in separate)))
+
+
+def test_padding_is_finite_and_changes_nothing():
+    config = llama(tied=False)
+    params = init_params(config, jax.random.key(0))
+    # A padding token whose embedding is absurd: its square overflows no norm, its products do nothing to others.
+    params["embedding"]["kernel"] = params["embedding"]["kernel"].at[63].set(1e12)
+    batch = packed_batch(1, vocab=63)
+    real = batch.segment_ids > 0
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal((*real.shape, config.embed)), jnp.float32)
+    poisoned = dataclasses.replace(batch, tokens=jnp.where(real, batch.tokens, 63))
+    hidden, gradients = loss_and_gradients(config, params, poisoned, weights * real[..., None])
+    clean_hidden, clean_gradients = loss_and_gradients(config, params, batch, weights * real[..., None])
+    assert bool(jnp.isfinite(hidden).all())
+    np.testing.assert_array_equal(hidden[real], clean_hidden[real])
+    assert_gradients_close(gradients, clean_gradients)
+    assert not gradients["embedding"]["kernel"][63].any()
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_what_is_kept_for_the_backward_pass_changes_no_gradient(remat):
+    config = MODELS["three segments"]
+    params = stack(config, reference.random_parameters(config))
+    batch = packed_batch(2, vocab=config.vocab)
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal((8, 16, config.embed)), jnp.float32)
+    hidden, gradients = loss_and_gradients(config, params, batch, weights, execution=Execution(remat=remat))
+    expected_hidden, expected = loss_and_gradients(config, params, batch, weights, execution=Execution(remat="dots"))
+    np.testing.assert_allclose(hidden, expected_hidden, rtol=1e-6, atol=1e-6)
+    assert_gradients_close(gradients, expected)
+
+
+def test_each_remat_keeps_less():
+    config = llama(layers=8, embed=32, mlp=96)
+    params = init_params(config, jax.random.key(0))
+    batch = packed_batch(0, length=128)
+
+    def temporary_bytes(remat):
+        def loss(params):
+            return jnp.sum(apply(config, params, batch, execution=Execution(remat=remat)).hidden ** 3)
+
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("none") > 1.5 * temporary_bytes("dots")
+    assert temporary_bytes("dots") > 1.5 * temporary_bytes("block")
+
+
+def test_the_program_does_not_grow_with_depth():
+    def program(depth):
+        config = llama(layers=depth)
+        params = init_params(config, jax.random.key(0))
+        batch = packed_batch()
+        return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(apply(config, p, batch).hidden)))(params))
+
+    assert program(12).count("\n") == program(3).count("\n")
+
+
+def test_bfloat16_is_close_and_keeps_norms_in_float32():
+    config = llama(layers=4)
+    params = init_params(config, jax.random.key(0))
+    batch = packed_batch()
+    half = apply(config, params, batch, execution=Execution(activation_dtype="bfloat16"))
+    full = apply(config, params, batch)
+    assert half.hidden.dtype == jnp.bfloat16
+    assert half.head.kernel.dtype == jnp.float32
+    error = jnp.abs(half.hidden.astype(jnp.float32) - full.hidden)
+    assert float(jnp.sqrt(jnp.mean(error**2))) < 0.02  # bfloat16 has 8 bits; hidden states have root mean square 1
+
+
+def test_gradients_reach_parameters_in_float32_from_bfloat16_activations():
+    config = llama()
+    params = init_params(config, jax.random.key(0))
+    batch = packed_batch()
+    weights = jnp.ones((8, 16, config.embed))
+    _, gradients = loss_and_gradients(
+        config, params, batch, weights, execution=Execution(activation_dtype="bfloat16")
+    )
+    assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("block", [4, 5, 16, 64])
+def test_query_blocks_change_nothing(block):
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((2, 17, h, 4)), jnp.float32) for h in (6, 2, 2))
+    segment_ids = jnp.asarray([[1] * 9 + [2] * 6 + [0] * 2, [1] * 17])
+    spec = Attention(heads=6, kv_heads=2, head_dim=4)
+    layer = {}  # projections that only choose their part of the input, and no rotation: positions are 0
+    wide = np.concatenate([x.reshape(2, 17, -1) for x in map(np.asarray, (query, key, value))], axis=-1)
+    starts = {"query": (0, 6), "key": (24, 2), "value": (32, 2)}
+    for name, (start, heads) in starts.items():
+        layer[f"mixer.{name}.kernel"] = np.eye(40)[:, start : start + 4 * heads].reshape(40, heads, 4)
+    expected = reference.attention(spec, layer, wide, np.zeros((2, 17)), np.asarray(segment_ids), {})
+    given = causal_attention(query, key, value, segment_ids, query_block=block)
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_query_blocks_are_tiles_and_few():
+    assert [query_block(n) for n in (16, 512, 2048, 2049, 8192)] == [128, 128, 128, 129, 512]
