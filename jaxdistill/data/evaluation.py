@@ -30,8 +30,9 @@ def eval_batches(
     """All documents as batches of NumPy arrays [batch_size, rows' length], deterministic, the last filled with padding.
 
     A document is cut into consecutive windows of `length` predictions, each seen without what comes before it; the
-    first `windows_per_document` are kept (None: all), and of these the first `max_windows` of the text. Packed, every batch has the one shape [batch_size, length]; with
-    one window per row (`pack=False`), rows have length / 4, length / 2 or length (rounded up), shortest first.
+    first `windows_per_document` are kept (None: all), and of these the first `max_windows` of the text. Packed, every
+    batch has the one shape [batch_size, length]; with one window per row (`pack=False`), rows have length / 4,
+    length / 2 or length (rounded up), shortest first.
 
     Without `prepend_bos` the first token of a document is predicted by nothing and is not evaluated: the sum of
     `target_bytes` is the documents' bytes less those of their first tokens (and of windows left out). The end token is

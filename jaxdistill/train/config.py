@@ -127,6 +127,7 @@ class TrainConfig:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     export: Literal["huggingface", "jaxdistill", "none"] = "huggingface"
     """What RUN/student is written as when the run is finished."""
+    export_dtype: DType = "float32"
     stop_after_skipped: int = 20
     """Stop when this many steps in a row had a loss or gradient that is not finite."""
     seed: int = 0
@@ -159,7 +160,18 @@ class TrainConfig:
 
 
 MAY_CHANGE = frozenset(
-    {"out", "log", "checkpoints", "held_out", "mesh", "accumulate", "chunk", "export", "compilation_cache"}
+    {
+        "out",
+        "log",
+        "checkpoints",
+        "held_out",
+        "mesh",
+        "accumulate",
+        "chunk",
+        "export",
+        "export_dtype",
+        "compilation_cache",
+    }
     | {"processes", "stop_after_skipped", "data.prefetch_batches"}
     | {f"{model}.{field}" for model in ("teacher", "student") for field in ("execution.remat", "rules")}
 )

@@ -241,8 +241,8 @@ class _Run:
         latest = self.checkpoints.latest()
         good = "no checkpoint was saved" if latest is None else f"the last good one is {self.checkpoints.path(latest)}"
         raise TrainingStopped(
-            f"the loss or a gradient was not finite in {skipped_in_a_row} steps in a row, up to step {self.step}; {good}. "
-            "Lower the learning rate, look at the data of these steps, or use float32 activations."
+            f"the loss or a gradient was not finite in {skipped_in_a_row} steps in a row, up to step {self.step}; "
+            f"{good}. Lower the learning rate, look at the data of these steps, or use float32 activations."
         )
 
     def _record(self, interval: progress.Interval, floor_seconds: float) -> dict[str, Any]:
@@ -319,7 +319,7 @@ class _Run:
         if self.config.export == "jaxdistill" or jax.process_count() > 1 or not config.homogeneous:
             save_model(target, config, params, write_tokenizer=tokenizer.save)
         else:
-            write_hf(target, config, params, tokenizer_save=tokenizer.save, special=tokenizer.special)
+            write_hf(target, config, params, dtype=self.config.export_dtype, tokenizer=tokenizer)
         return target
 
     def exported(self) -> bool:
