@@ -1,0 +1,26 @@
+"""The first five minutes: SmolLM2-135M-Instruct into 20 of its 30 layers on two CPU cores.
+
+    make quickstart
+
+fetches the teacher and the text, converts the teacher, and runs this recipe between two evaluations
+(tools/quickstart.py). The sweep that chose layers, tokens and learning rate is in docs/log.md.
+"""
+
+from jaxdistill.data.pipeline import DataConfig
+from jaxdistill.losses.terms import ForwardKL
+from jaxdistill.optimizer import AdamW, WarmupCosine
+from jaxdistill.train.config import CheckpointConfig, HeldOutConfig, LogConfig, StudentConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        out="runs/quickstart/train",
+        student=StudentConfig(layers=20),
+        data=DataConfig(length=256, batch_size=4),
+        losses={"kl": ForwardKL()},
+        optimizer=AdamW(learning_rate=WarmupCosine(peak=5e-4, warmup=0.1), weight_decay=0.0),
+        steps=40,
+        held_out=HeldOutConfig(every=20, windows=4),
+        checkpoints=CheckpointConfig(every=1000),
+        log=LogConfig(every=2),
+    )
