@@ -92,7 +92,7 @@ def continuation_pieces(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], 
 
 
 def read_items(
-    path: str | os.PathLike[str], *, prompt: str = "{question}", limit: int | None = None
+    path: str | os.PathLike[str], *, prompt: str = "Question: {question}\nAnswer:", limit: int | None = None
 ) -> list[ChoiceItem]:
     """Items of a JSON Lines file with the fields question, options ("A. …\\nB. …") and answer (one whole option).
 
