@@ -54,11 +54,13 @@ class TrainingStopped(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Where a run ended. student: the exported model, None when it was stopped or nothing is exported."""
+    """Where a run ended. student: the exported model, None when it was stopped or nothing is exported. kept: the layers
+    of the original that the student has, None when it is whole or fresh."""
 
     directory: Path
     step: int
     student: Path | None
+    kept: tuple[int, ...] | None
     held_out: dict[str, float]
     seconds: dict[str, float]
 
@@ -333,7 +335,7 @@ class _Run:
         return self._result(self.directory / "student" if self.config.export != "none" else None)
 
     def _result(self, student: Path | None) -> Result:
-        return Result(self.directory, self.step, student, self.held_out, dict(self.clock.parts))
+        return Result(self.directory, self.step, student, self.kept, self.held_out, dict(self.clock.parts))
 
     def _sinks(self) -> list[Any]:
         if jax.process_index() != 0:

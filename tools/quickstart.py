@@ -1,0 +1,192 @@
+"""The whole way on one real model: fetch, convert, make a student, distil, evaluate, export, sample, report.
+
+    make quickstart                        # about five minutes on two CPU cores
+    python tools/quickstart.py --seconds 60 --out runs/short
+
+Everything lands in --out: teacher/ (our checkpoint), train/ (the run; train/student is a Hugging Face directory),
+evaluation.json, samples.json, report.html. Run again, it resumes what was interrupted and says what exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import runpy
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.py"
+PROMPT = "The history of the city begins with"
+FULL_SECONDS = 300.0
+"""The budget that the recipe's steps and the evaluation below are made for."""
+DOMAIN_BYTES = 8_800
+"""Of each of the six held-out domains, about 2,000 tokens."""
+PIQA_ITEMS = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """Distil SmolLM2-135M-Instruct into a smaller student, and measure what was lost."""
+
+    out: Path = Path("runs/quickstart")
+    seconds: float = FULL_SECONDS
+    """Time to take, downloads not counted. With less than the full five minutes, or on a slow machine, the student is
+    trained for fewer steps; with less, the evaluation is smaller too."""
+
+
+def main(options: Quickstart) -> None:
+    from jaxdistill.assets import asset
+    from jaxdistill.train.progress import Clock
+
+    clock = Clock()
+    with clock.measure("fetch"):
+        paths = {name: asset(name) for name in ("smollm2", "boolq-passages", "heldout", "piqa")}
+    began = time.perf_counter()
+    with clock.measure("convert"):
+        convert(paths["smollm2"], options.out / "teacher")
+    config = plan(options, paths, spent=time.perf_counter() - began)
+    from jaxdistill.train.loop import train
+
+    result = train(config)
+    clock.parts |= result.seconds
+    if result.student is None:
+        return  # stopped by a signal; the run has said so
+    with clock.measure("evaluate"):
+        models = open_models(options.out / "teacher", result)
+        evaluation = evaluate(models, paths, share=min(1.0, options.seconds / FULL_SECONDS))
+        (options.out / "evaluation.json").write_text(json.dumps(evaluation.to_dict(), indent=1))
+    print(f"\n{evaluation.table()}\n\n{verdict(evaluation)}\n")
+    with clock.measure("sample"):
+        samples = sample(models)
+        (options.out / "samples.json").write_text(json.dumps(samples, indent=1))
+    with clock.measure("report"):
+        page = report(options.out)
+    print(f"Time:\n{clock}\n\nstudent: {result.student}\nreport:  {page}")
+
+
+def convert(source: Path, target: Path) -> None:
+    """The GGUF as our checkpoint."""
+    from jaxdistill.checkpoint.model import describe, is_model, save_model
+    from jaxdistill.checkpoint.open import open_model
+
+    if is_model(target):
+        print(f"{target} exists: {describe(target)}")
+        return
+    print(f"converting {source.name}")
+    model = open_model(source)
+    save_model(target, model.config, model.params, write_tokenizer=model.tokenizer.save)
+    print(f"{target}: {describe(target)}")
+
+
+def plan(options: Quickstart, paths: dict[str, Path], *, spent: float) -> Any:
+    """The recipe with this machine's paths, and as many of its steps as the time allows."""
+    from jaxdistill.checkpoint.open import open_config
+    from jaxdistill.models.flops import forward_flops
+    from jaxdistill.train.progress import matmul_rate
+
+    config = runpy.run_path(str(RECIPE))["get_config"]()
+    config = dataclasses.replace(
+        config,
+        out=str(options.out / "train"),
+        teacher=dataclasses.replace(config.teacher, path=str(options.out / "teacher")),
+        data=dataclasses.replace(config.data, path=str(paths["boolq-passages"])),
+        held_out=dataclasses.replace(config.held_out, path=str(paths["heldout"])),
+    )
+    earlier = options.out / "train" / "config.json"
+    if earlier.exists():  # a resumed run keeps the plan that it began with
+        return dataclasses.replace(config, steps=json.loads(earlier.read_text())["steps"])
+    teacher = open_config(options.out / "teacher")
+    per_layer = 3 * forward_flops(teacher, config.data.length) / len(teacher.layers)
+    tokens = config.data.batch_size * config.data.length
+    flops = tokens * (forward_flops(teacher, config.data.length) + per_layer * config.student.layers)
+    # What else there is to do (open, compile, evaluate, write) and how close to the bare products a step comes: both
+    # measured with this recipe, see docs/log.md.
+    rest = 30 + 75 * min(1.0, options.seconds / FULL_SECONDS)
+    affordable = math.floor((options.seconds - spent - rest) * 0.5 * matmul_rate() / flops)
+    steps = max(2, min(config.steps, affordable))
+    if steps < config.steps:
+        print(f"{steps} of the recipe's {config.steps} steps fit into {options.seconds:.0f} s on this machine")
+    return dataclasses.replace(config, steps=steps)
+
+
+def open_models(teacher: Path, result: Any) -> dict[str, Any]:
+    """Teacher, the student before training, and after."""
+    from jaxdistill.checkpoint.open import Model, open_model
+    from jaxdistill.models.schema import take_layers
+
+    original = open_model(teacher)
+    shape, params = take_layers(original.config, original.params, result.kept)
+    return {
+        "teacher": original,
+        "untrained": Model(shape, params, original.tokenizer),
+        "distilled": open_model(result.student),
+    }
+
+
+def evaluate(models: dict[str, Any], paths: dict[str, Path], *, share: float) -> Any:
+    """Bits per byte, KL and agreement by domain, and multiple choice; a share of the full sizes."""
+    from jaxdistill.evaluate.choice import multiple_choice, read_items
+    from jaxdistill.evaluate.results import Evaluation
+    from jaxdistill.evaluate.text import evaluate_text, excerpts
+
+    domains: dict[str, list[str]] = {}
+    for line in paths["heldout"].read_text().splitlines():
+        record = json.loads(line)
+        domains.setdefault(record["type"], []).append(record["text"])
+    chosen = {
+        name: excerpts(texts, total_bytes=int(share * DOMAIN_BYTES), document_bytes=2200)
+        for name, texts in domains.items()
+    }
+    items = read_items(paths["piqa"], limit=math.ceil(share * PIQA_ITEMS))
+    return Evaluation(
+        text=evaluate_text(models, chosen, teacher="teacher"),
+        choices={name: {"PIQA": multiple_choice(model, items)} for name, model in models.items()},
+        teacher="teacher",
+    )
+
+
+def verdict(evaluation: Any) -> str:
+    """How much of what pruning lost came back."""
+    bits = {name: evaluation.all_text(name).bits_per_byte for name in evaluation.models}
+    closed = (bits["untrained"] - bits["distilled"]) / (bits["untrained"] - bits["teacher"])
+    return (
+        f"Distillation closed {closed:.0%} of the gap in bits per byte between the untrained student and the teacher."
+    )
+
+
+def sample(models: dict[str, Any]) -> list[dict[str, str]]:
+    """One prompt, continued by each model with the same randomness."""
+    import jax
+
+    from jaxdistill.generate import generate
+
+    samples = []
+    for name, model in models.items():
+        ids = generate(
+            model.config,
+            model.params,
+            [model.tokenizer.encode(PROMPT).ids.tolist()],
+            max_new_tokens=48,
+            temperature=0.7,
+            top_p=0.9,
+            stop=model.tokenizer.special.stop,
+            key=jax.random.key(0),
+        )[0]
+        samples.append({"model": name, "prompt": PROMPT, "continuation": model.tokenizer.decode(ids)})
+        print(f"{name}: {PROMPT}{samples[-1]['continuation']}\n")
+    return samples
+
+
+def report(directory: Path) -> Path:
+    """The page that shows it all."""
+    from jaxdistill.report import write_report
+
+    return write_report(directory)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Quickstart, description=__doc__))
