@@ -84,7 +84,13 @@ LearningRate = float | WarmupCosine | WarmupStableDecay
 class Optimizer(Protocol):
     """What builds the transformation for a run; `AdamW` is one, `Optax` wraps any other."""
 
-    def build(self, steps: int) -> optax.GradientTransformationExtraArgs: ...
+    def build(self, steps: int) -> optax.GradientTransformationExtraArgs:
+        """The transformation for a run of this many steps."""
+        ...
+
+    def rate(self, steps: int) -> Schedule | None:
+        """The learning rate at each step of a run of this many; None when the transformation does not tell."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,12 +145,15 @@ class Optax:
     def build(self, steps: int) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(self.transformation)
 
+    def rate(self, steps: int) -> None:
+        return None
+
 
 def scale_by_step(factor: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by a schedule of the train step, which `update` receives as `step=`."""
 
-    def update(updates, state, params=None, *, step, **extra):
-        value = factor(step)
+    def update(updates, state, params=None, **extra):
+        value = factor(extra["step"])
         return jax.tree.map(lambda u: u * jnp.asarray(value, u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -54,7 +54,7 @@ class MeshConfig:
         return sizes
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The one place where meshes are built. Axes are automatic: the compiler places what we do not constrain."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))

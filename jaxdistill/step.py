@@ -6,6 +6,7 @@ are an argument: never a closure (they would be baked into the program), never o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,7 +62,7 @@ def state_shardings(
     moments = optax.tree.map_params(
         optimizer, lambda _, place: place, state.opt_state, params, transform_non_params=lambda _: whole
     )
-    return TrainState(step=whole, params=params, opt_state=moments, rng=whole, skipped=whole)
+    return dataclasses.replace(state, step=whole, params=params, opt_state=moments, rng=whole, skipped=whole)
 
 
 def make_train_step(
@@ -147,7 +148,7 @@ def make_eval_step(
             None if teacher is None else teacher(teacher_params, batch),
             targets=batch.targets,
             loss_mask=batch.loss_mask,
-            coefficients=dict.fromkeys(terms, jnp.float32(0)),
+            coefficients={name: jnp.float32(0) for name in terms},
             parameters={},
             step=jnp.int32(0),
             chunk=chunk,

@@ -71,7 +71,8 @@ def evaluate_terms(
         "coefficients": dict(coefficients),
         "step": step,
     }
-    loss, totals = _evaluate(plan, learned, jax.lax.stop_gradient(given))
+    found: Any = _evaluate(plan, learned, jax.lax.stop_gradient(given))
+    loss, totals = found
     count = loss_mask.sum()
     return loss, {name: Mean(total, count) for name, total in totals.items()}
 
@@ -443,7 +444,8 @@ def _zeros(tree: Any) -> Any:
 
 def _zero_sums(plan: _Plan) -> tuple[Array, Totals]:
     zero = _vary(jnp.float32(0), plan.places.token_axes)
-    return zero, dict.fromkeys(plan.terms, zero)
+    totals: Any = dict.fromkeys(plan.terms, zero)
+    return zero, totals
 
 
 def _over_tokens(plan: _Plan, sums: tuple[Array, Totals]) -> tuple[Array, Totals]:
