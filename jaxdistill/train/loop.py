@@ -4,47 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
 import platform
-import signal
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxdistill import partition
 from jaxdistill.checkpoint.compatible import check_compatible
 from jaxdistill.checkpoint.model import save_model
-from jaxdistill.checkpoint.open import Model
 from jaxdistill.checkpoint.run import RunCheckpoints
 from jaxdistill.data.evaluation import eval_batches
+from jaxdistill.data.packing import to_arrays
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.pipeline import Loader, make_loader
 from jaxdistill.formats.paths import write_text
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.schema import count_parameters
 from jaxdistill.specs import ModelConfig
-from jaxdistill.tokenizers import Tokenizer, load_tokenizer
+from jaxdistill.tokenizers import Tokenizer
 from jaxdistill.train import progress
 from jaxdistill.train.config import MAY_CHANGE, TrainConfig, as_document, batch_divisors
 from jaxdistill.train.setup import (
     Places,
     Programs,
-    Student,
-    check_vocabularies,
     enable_compilation_cache,
     make_student,
     open_teacher,
     put_rows,
+    shared_tokenizer,
 )
+from jaxdistill.train.stop import stop_requests
 from jaxdistill.types import Mean, Params, TrainState
 
 
@@ -70,13 +68,15 @@ CALIBRATION_BATCHES = 2
 
 
 def train(config: TrainConfig) -> Result:
-    """Runs a configuration to its last step, or until SIGTERM; resumes what its directory holds.
+    """Runs a configuration to its last step, or until SIGTERM or Ctrl-C; resumes what its directory holds.
 
     Start order: a checkpoint of the run, else the weights of `student.path` or the teacher, else a fresh model.
     Raises ValueError for what cannot run, before any model is read where that can be known, and TrainingStopped
     when too many steps in a row were not finite.
     """
     config.check()
+    if config.log.wandb_project is not None:
+        progress.require_wandb()
     if config.processes == "automatic":
         jax.distributed.initialize()
     batch_divisors(config, jax.device_count())
@@ -101,35 +101,40 @@ class _Run:
         self.config, self.checkpoints = config, checkpoints
         self.directory = Path(config.out)
         self.say, self.clock = progress.Say(), progress.Clock()
+        self.sinks: list[Any] = []
         self.kept: tuple[int, ...] | None = tuple(saved["kept"]) if saved.get("kept") else None
         self.held_out: dict[str, float] = saved.get("held_out", {})
+        self.evaluated_at: int | None = None
         self.seconds_before: float = saved.get("seconds", 0.0)
-        self.saved_at: int | None = None
+        self.began = time.perf_counter()
 
     # Before the first step.
 
     def prepare(self, resumed: int | None) -> None:
         """Everything up to the first step, from the checkpoint `resumed` if there is one."""
         config, places = self.config, Places.of(self.config)
+        with self.clock.measure("open data"):
+            tokenizer = shared_tokenizer(config)
+            self.loader = self._loader(tokenizer)
+            self.held_out_batches = self._held_out_batches(tokenizer)
         with self.clock.measure("open models"):
-            self.teacher = open_teacher(config, places)
-            tokenizer = data_tokenizer(config, self.teacher)
+            teacher = open_teacher(config, places)
         if self.kept is not None:
             # The layers were chosen when the run began; another measurement could choose others.
             chosen = dataclasses.replace(config.student, layers=None, keep=self.kept)
             config = dataclasses.replace(config, student=chosen)
         with self.clock.measure("make the student"):
-            student = make_student(config, self.teacher, places, self._calibration(places, tokenizer))
-        check_vocabularies(student, self.teacher)
-        self.student, self.kept = student, student.kept
-        self.programs = Programs(config, student, self.teacher, places)
-        with self.clock.measure("open data"):
-            self.loader = self._loader(tokenizer)
-            self.held_out_batches = self._held_out_batches(tokenizer)
+            student = make_student(config, teacher, places, self._calibration(places, tokenizer))
+        self.kept = student.kept
+        self.programs = Programs(config, student, teacher, places)
         with self.clock.measure("start state"):
-            self.state, self.step = self._first_state(resumed), resumed or 0
+            self.state, self.step = self._first_state(student.trainable, resumed), resumed or 0
+        self.saved_at = resumed
+        self.teacher_params = None if teacher is None else teacher.params
+        # The state holds the trainable leaves from here on.
+        self.student = dataclasses.replace(student, trainable={})
         self._write_description()
-        self._announce(resumed)
+        self._announce(resumed, None if teacher is None else teacher.config)
 
     def _loader(self, tokenizer: Tokenizer) -> Loader:
         return make_loader(
@@ -154,11 +159,11 @@ class _Run:
             max_windows=held_out.windows,
         )
 
-    def _first_state(self, resumed: int | None) -> TrainState:
+    def _first_state(self, trainable: Params, resumed: int | None) -> TrainState:
         if resumed is None:
-            return self.programs.start(self.student.trainable)
-        state, data_state, _ = self.checkpoints.restore(resumed, self.programs.expected_state())
-        self.loader.restore(data_state)
+            return self.programs.start(trainable)
+        state, shards, info = self.checkpoints.restore(resumed, self.programs.expected_state())
+        self.loader.restore({**info["data"], "shards": shards})
         return state
 
     def _write_description(self) -> None:
@@ -166,12 +171,11 @@ class _Run:
             write_text(self.directory / "config.json", json.dumps(as_document(self.config), indent=1) + "\n")
             write_text(self.directory / "versions.json", json.dumps(versions(), indent=1) + "\n")
 
-    def _announce(self, resumed: int | None) -> None:
-        shape = self.student.config
-        if self.teacher is not None:
-            self.say(f"teacher: {describe(self.teacher.config)}")
+    def _announce(self, resumed: int | None, teacher: ModelConfig | None) -> None:
+        if teacher is not None:
+            self.say(f"teacher: {describe(teacher)}")
         kept = f", layers {_ranges(self.kept)} of the original" if self.kept else ""
-        self.say(f"student: {describe(shape)}{kept}")
+        self.say(f"student: {describe(self.student.config)}{kept}")
         self.say(
             f"{self.config.steps} steps of {self.config.data.batch_size} x {self.config.data.length} tokens on "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
@@ -181,121 +185,163 @@ class _Run:
     # Steps.
 
     def loop(self) -> Result:
-        """Trains to the last step or until SIGTERM, saves, and exports a finished student."""
-        self._compile()
-        sinks = self._sinks()
-        skipped_in_a_row = int(self.state.skipped[0])
-        rate = progress.matmul_rate(self.config.student.execution.activation_dtype)
-        devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
-        floor_seconds = self.programs.flops_per_step / (rate * devices)
-        self.began, first, interval = time.perf_counter(), self.step, progress.Interval()
-        pending: list[dict[str, Any]] = []
-        tokens = self.config.data.batch_size * self.config.data.length
-        with _stop_on_sigterm() as stop:
-            while self.step < self.config.steps and not self._agreed(stop):
-                batch = self.programs.put(next(self.loader))
-                self.state, metrics = self.train_step(
-                    self.state, self.student.frozen, self.teacher and self.teacher.params, batch
-                )
-                self.step += 1
-                pending.append(metrics)
-                logs = self.step % self.config.log.every == 0 or self.step == self.config.steps
-                # Read one step behind: the host waits for a step only when the next one is already under way.
-                while len(pending) > (0 if logs else 1):
-                    done = jax.device_get(pending.pop(0))
-                    interval.add(done, tokens)
-                    skipped_in_a_row = skipped_in_a_row + 1 if done["skipped"] else 0
-                    self._check_finite(skipped_in_a_row)
-                if logs:
-                    record = self._record(interval, floor_seconds)
-                    left = (time.perf_counter() - self.began) / (self.step - first) * (self.config.steps - self.step)
-                    self.say.progress(progress.progress_line(self.step, self.config.steps, record, left))
-                    _write(sinks, record)
-                    interval = progress.Interval()
-                self._evaluate_and_save(sinks)
-        self.clock.parts["train"] = time.perf_counter() - self.began - self.clock.parts.get("evaluate held-out", 0.0)
-        if self.saved_at != self.step:
-            self._save()
-        for sink in sinks:
-            sink.close()
-        self.loader.close()
-        with self.clock.measure("wait for checkpoints"):
-            self.checkpoints.wait()
+        """Trains to the last step or until asked to stop, saves, and exports a finished student."""
+        with contextlib.closing(self.loader):
+            if self.step < self.config.steps:
+                self._compile()
+                with self._logging(), stop_requests(self.say) as stop:
+                    self._steps(stop)
+                    with self.clock.measure("wait for checkpoints"):
+                        self.checkpoints.wait()
         return self._finish()
 
     def _compile(self) -> None:
-        with self.clock.measure("compile"), contextlib.closing(self._loader(self.student.tokenizer)) as loader:
-            batch = self.programs.put(next(loader))
-            arguments = (self.state, self.student.frozen, self.teacher and self.teacher.params, batch)
+        with self.clock.measure("compile"):
+            own_rows = self.config.data.batch_size // jax.process_count()
+            batch = self.programs.put(to_arrays([[]] * own_rows, self.config.data.length))
             self.say("compiling the train step")
+            arguments = (self.state, self.student.frozen, self.teacher_params, batch)
             self.train_step = self.programs.train_step.lower(*arguments).compile()
 
-    def _agreed(self, stop: _Stop) -> bool:
-        """Whether any process was asked to stop; all must leave the loop at the same step."""
-        if jax.process_count() == 1:
-            return stop.asked
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(stop.asked))))
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Opens what records are written to; process 0 writes."""
+        log = self.config.log
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                self.sinks = [progress.MetricsFile(self.directory / "metrics.jsonl", from_step=self.step)]
+                if log.tensorboard:
+                    self.sinks.append(progress.TensorBoard(self.directory / "tensorboard", from_step=self.step))
+                if log.wandb_project is not None:
+                    document = as_document(self.config)
+                    self.sinks.append(progress.WeightsAndBiases(log.wandb_project, self.directory, document))
+            for sink in self.sinks:
+                stack.callback(sink.close)
+            yield
 
-    def _check_finite(self, skipped_in_a_row: int) -> None:
+    def _steps(self, stop: Callable[[int], bool]) -> None:
+        """Trains, and saves where it ends."""
+        config, first = self.config, self.step
+        skipped_in_a_row = int(self.state.skipped[0])
+        floor_seconds = self._floor_seconds()
+        self.began, interval = time.perf_counter(), progress.Interval()
+        under_way: list[dict[str, Any]] = []
+
+        def read(keep: int) -> None:
+            nonlocal skipped_in_a_row
+            while len(under_way) > keep:
+                done = jax.device_get(under_way.pop(0))
+                interval.add(done, config.data.batch_size * config.data.length)
+                skipped_in_a_row = skipped_in_a_row + 1 if done["skipped"] else 0
+                self._check_finite(skipped_in_a_row, self.step - len(under_way))
+
+        def line() -> None:
+            read(keep=0)
+            left = (time.perf_counter() - self.began) / (self.step - first) * (config.steps - self.step)
+            record = interval.record(floor_seconds)
+            self.say.progress(progress.progress_line(self.step, config.steps, record, left))
+            self._write({**self._place(), **record})
+
+        while self.step < config.steps and not stop(self.step):
+            batch = self.programs.put(next(self.loader))
+            self.state, metrics = self.train_step(self.state, self.student.frozen, self.teacher_params, batch)
+            self.step += 1
+            under_way.append(metrics)
+            saves = self._due(config.checkpoints.every)
+            evaluates = bool(self.held_out_batches) and (saves or self._due(config.held_out.every))
+            # Read one step behind: the host waits for a step only when the next one is already under way.
+            read(keep=1)
+            # A line before each checkpoint, so that a resume neither loses nor repeats steps; and one before each
+            # evaluation, so that its time does not count as training.
+            if self._due(config.log.every) or saves or evaluates:
+                line()
+                if evaluates:
+                    self._evaluate_held_out()
+                if saves:
+                    self._save()
+                interval = progress.Interval()
+        if under_way or interval.steps:
+            line()
+        self.clock.parts["train"] = time.perf_counter() - self.began - self.clock.parts.get("evaluate held-out", 0.0)
+        if self.saved_at != self.step:
+            self._save()
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _floor_seconds(self) -> float:
+        """What the products of a step take at the rate that was measured on this machine."""
+        rate = progress.matmul_rate(self.config.student.execution.activation_dtype)
+        devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
+        return self.programs.flops_per_step / (rate * devices)
+
+    def _check_finite(self, skipped_in_a_row: int, step: int) -> None:
         if skipped_in_a_row < self.config.stop_after_skipped:
             return
         self.checkpoints.wait()
         latest = self.checkpoints.latest()
         good = "no checkpoint was saved" if latest is None else f"the last good one is {self.checkpoints.path(latest)}"
         raise TrainingStopped(
-            f"the loss or a gradient was not finite in {skipped_in_a_row} steps in a row, up to step {self.step}; "
-            f"{good}. Lower the learning rate, look at the data of these steps, or use float32 activations."
+            f"the loss or a gradient was not finite in {skipped_in_a_row} steps in a row, up to step {step}; {good}. "
+            "Look at the data of these steps, or start a run with a lower learning rate or float32 activations."
         )
 
-    def _record(self, interval: progress.Interval, floor_seconds: float) -> dict[str, Any]:
-        rate = getattr(self.config.optimizer, "rate", None)
+    def _place(self) -> dict[str, Any]:
+        """Where the run is: the beginning of every line of metrics."""
+        rate = self.config.optimizer.rate(self.config.steps)
         return {
             "step": self.step,
             "tokens": self.step * self.config.data.batch_size * self.config.data.length,
             "seconds": self._seconds(),
-            **interval.record(floor_seconds),
-            **({"learning_rate": float(rate(self.config.steps)(self.step - 1))} if rate else {}),
+            **({} if rate is None else {"learning_rate": float(rate(self.step - 1))}),
         }
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
 
-    def _evaluate_and_save(self, sinks: list[Any]) -> None:
-        last = self.step == self.config.steps
-        saves = last or self.step % self.config.checkpoints.every == 0
-        if self.held_out_batches and (saves or self.step % self.config.held_out.every == 0):
-            with self.clock.measure("evaluate held-out"):
-                self.held_out = self._evaluate()
-            _write(sinks, {"step": self.step, "held_out": self.held_out})
-            self.say("held out: " + "  ".join(f"{name} {value:.4f}" for name, value in self.held_out.items()))
-        if saves:
-            self._save()
+    def _write(self, record: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+    def _evaluate_held_out(self) -> None:
+        with self.clock.measure("evaluate held-out"):
+            self.held_out, self.evaluated_at = self._evaluate(), self.step
+        self._write({"step": self.step, "held_out": self.held_out})
+        self.say("held out: " + "  ".join(f"{name} {value:.4f}" for name, value in self.held_out.items()))
 
     def _evaluate(self) -> dict[str, float]:
-        params = _merged(self.state, self.student)
+        params = self._student_params()
         sums: dict[str, Mean] = {}
         supervised_bytes = 0
         for rows in self.held_out_batches:
             supervised_bytes += int((rows["target_bytes"] * (rows["loss_mask"] > 0)).sum())
             batch = self.programs.put(_own_rows(rows))
-            means = self.programs.eval_step(params, self.teacher and self.teacher.params, batch)
+            means = self.programs.eval_step(params, self.teacher_params, batch)
             sums = progress.host_sum(sums, jax.device_get(means))
         bits = sums["cross_entropy"].total / math.log(2) / max(1, supervised_bytes)
         found = {"cross_entropy_nats": progress.mean(sums["cross_entropy"]), "bits_per_byte": bits}
-        if self.teacher is not None:
+        if self.teacher_params is not None:
             found = {"kl_nats": progress.mean(sums["kl"]), "agreement": progress.mean(sums["agreement"])} | found
         return found
 
+    def _student_params(self) -> Params:
+        return partition.merge(self.state.params["student"], self.student.frozen)
+
     def _save(self) -> None:
+        """Starts saving. A checkpoint that was not evaluated (a stop between evaluations) is never the best."""
         metric = self.held_out.get("kl_nats", self.held_out.get("bits_per_byte"))
+        data = self.loader.state()
         info = {
             "config": as_document(self.config),
             "versions": versions(),
             "kept": list(self.kept) if self.kept else None,
-            "held_out": self.held_out,
+            "held_out": progress.finite(self.held_out),
             "seconds": self._seconds(),
+            # What all processes have in common; each saves its own shards.
+            "data": {name: value for name, value in data.items() if name != "shards"},
         }
-        self.checkpoints.save(self.step, self.state, self.loader.state(), info, metric=metric)
+        metric = metric if self.evaluated_at == self.step else None
+        self.checkpoints.save(self.step, self.state, data["shards"], info, metric=metric)
         self.saved_at = self.step
 
     # After the last step.
@@ -317,7 +363,9 @@ class _Run:
         target = self.directory / "student"
         if target.exists():
             return target
-        config, params, tokenizer = self.student.config, _merged(self.state, self.student), self.student.tokenizer
+        config, params, tokenizer = self.student.config, self._student_params(), self.student.tokenizer
+        if self.config.export == "huggingface" and not config.homogeneous:
+            self.say("the student's layers differ, which Hugging Face's format cannot hold; writing jaxdistill's")
         if self.config.export == "jaxdistill" or jax.process_count() > 1 or not config.homogeneous:
             save_model(target, config, params, write_tokenizer=tokenizer.save)
         else:
@@ -337,45 +385,31 @@ class _Run:
     def _result(self, student: Path | None) -> Result:
         return Result(self.directory, self.step, student, self.kept, self.held_out, dict(self.clock.parts))
 
-    def _sinks(self) -> list[Any]:
-        if jax.process_index() != 0:
-            return []
-        sinks: list[Any] = [progress.MetricsFile(self.directory / "metrics.jsonl", from_step=self.step)]
-        if self.config.log.tensorboard:
-            sinks.append(progress.TensorBoard(self.directory / "tensorboard"))
-        if self.config.log.wandb_project is not None:
-            project = self.config.log.wandb_project
-            sinks.append(progress.WeightsAndBiases(project, self.directory, as_document(self.config)))
-        return sinks
-
-
-def data_tokenizer(config: TrainConfig, teacher: Model | None) -> Tokenizer:
-    """The tokenizer that the training text goes through."""
-    if teacher is not None:
-        return teacher.tokenizer
-    return load_tokenizer(config.student.tokenizer or config.student.path)
-
 
 def describe(config: ModelConfig) -> str:
     """A model in one line."""
     return f"{count_parameters(config):,} parameters, {len(config.layers)} layers, vocabulary {config.vocab:,}"
 
 
+@functools.cache
 def versions() -> dict[str, Any]:
     """What a run was made with: packages, git revision of the working directory, devices."""
     packages = ("jaxdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
-        "git_revision": git.stdout.strip() or None,
+        "git_revision": _git_revision(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
     }
 
 
-def _merged(state: TrainState, student: Student) -> Params:
-    return partition.merge(state.params["student"], student.frozen)
+def _git_revision() -> str | None:
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None  # no git here
+    return git.stdout.strip() or None
 
 
 def _own_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -383,11 +417,6 @@ def _own_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     size = len(rows["tokens"]) // jax.process_count()
     start = jax.process_index() * size
     return {name: values[start : start + size] for name, values in rows.items()}
-
-
-def _write(sinks: list[Any], record: dict[str, Any]) -> None:
-    for sink in sinks:
-        sink.write(record)
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
@@ -399,26 +428,3 @@ def _ranges(numbers: tuple[int, ...]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-@dataclasses.dataclass
-class _Stop:
-    asked: bool = False
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[_Stop]:
-    """Turns SIGTERM into a wish that the loop reads between steps."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread only
-        return
-
-    def ask(*_: Any) -> None:
-        stop.asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)

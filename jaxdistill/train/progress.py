@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import math
 import sys
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.formats.paths import write_text
 from jaxdistill.types import Mean
 
 
@@ -68,11 +71,11 @@ class MetricsFile:
     def __init__(self, path: Path, *, from_step: int):
         if path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= from_step]
-            path.write_text("".join(kept))
+            write_text(path, "".join(kept))
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(json.dumps(finite(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -86,19 +89,20 @@ def _step_of(line: str) -> float:
         return math.inf  # a line that was torn when the run was killed
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A record as JSON can hold it: None for numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoard:
-    """The same records as TensorBoard scalars."""
+    """The same records as TensorBoard scalars; a resumed run hides the points of steps that it will repeat."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, from_step: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), max_queue=100)
+        self._writer = SummaryWriter(str(directory), max_queue=100, purge_step=from_step + 1 if from_step else None)
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in _flat(record).items():
@@ -108,16 +112,18 @@ class TensorBoard:
         self._writer.close()
 
 
+def require_wandb() -> None:
+    """Refuses a run that would log to Weights & Biases without its package, before anything is read."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError("log.wandb_project needs wandb; install it with: pip install 'jaxdistill[wandb]'")
+
+
 class WeightsAndBiases:
     """The same records in a Weights & Biases project."""
 
     def __init__(self, project: str, directory: Path, config: Any):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ValueError(
-                "log.wandb_project needs wandb; install it with: pip install 'jaxdistill[wandb]'"
-            ) from error
+        import wandb  # pyright: ignore[reportMissingImports]
+
         self._run = wandb.init(project=project, dir=str(directory), config=config, resume="allow")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -214,9 +220,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def matmul_rate(dtype: Any = jnp.float32, *, size: int = 2048, repeats: int = 3) -> float:
+@functools.cache
+def matmul_rate(dtype: Any = jnp.float32, *, repeats: int = 3) -> float:
     """FLOP/s of a large square product on one device, the best of a few: the floor that progress is compared with."""
     device = jax.local_devices()[0]
+    # Large enough that an accelerator's launch time does not count, small enough for a laptop.
+    size = 1024 if device.platform == "cpu" else 8192
     x = jax.device_put(np.ones((size, size), np.float32), device).astype(dtype)
     product = jax.jit(jnp.dot)
     jax.block_until_ready(product(x, x))

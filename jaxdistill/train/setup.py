@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 
 from jaxdistill import partition
 from jaxdistill.assets import cache_directory
-from jaxdistill.checkpoint.open import Model, open_model
+from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
 from jaxdistill.models.decoder import Execution, apply
@@ -25,7 +26,7 @@ from jaxdistill.sharding import Layout, make_mesh, put_batch
 from jaxdistill.specs import ModelConfig
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
 from jaxdistill.tokenizers import Tokenizer, load_tokenizer
-from jaxdistill.train.config import TrainConfig
+from jaxdistill.train.config import StudentConfig, TrainConfig
 from jaxdistill.types import Batch, Mean, Params, TrainState
 
 
@@ -55,10 +56,6 @@ class Student:
     kept: tuple[int, ...] | None
     """The layers kept of the model it was made from; None when it is whole or fresh."""
 
-    @property
-    def params(self) -> Params:
-        return partition.merge(self.trainable, self.frozen)
-
 
 def enable_compilation_cache(choice: str | None) -> None:
     """Keeps compiled programs on disk, so that a second run of the same shapes starts at once."""
@@ -85,7 +82,7 @@ def make_student(config: TrainConfig, teacher: Model | None, places: Places, bat
     chosen = config.student
     if chosen.model is not None:
         params = init_params(chosen.model, jax.random.key(config.seed), places.student)
-        tokenizer = load_tokenizer(chosen.tokenizer) if chosen.tokenizer else _tokenizer_of(teacher)
+        _, tokenizer = _fresh_vocabulary(chosen, teacher.tokenizer if teacher else None)
         return _partitioned(config, chosen.model, params, tokenizer, None)
     source = _source(config, teacher, places)
     kept = chosen.keep or None
@@ -113,12 +110,6 @@ def layer_influence(model: Model, layout: Layout, execution: Execution, batches:
     return np.asarray(functools.reduce(lambda a, b: a + b, parts).value)
 
 
-def _tokenizer_of(teacher: Model | None) -> Tokenizer:
-    if teacher is None:
-        raise ValueError('a fresh student without a teacher needs student.tokenizer: a path, or "bytes".')
-    return teacher.tokenizer
-
-
 def _source(config: TrainConfig, teacher: Model | None, places: Places) -> Model:
     if config.student.path is not None:
         return open_model(config.student.path, layout=places.student)
@@ -138,24 +129,53 @@ def _partitioned(
     return Student(shape, trainable, frozen, tokenizer, kept)
 
 
-def check_vocabularies(student: Student, teacher: Model | None) -> None:
-    """Refuses a teacher and a student whose ids do not mean the same tokens."""
-    if teacher is None:
-        return
-    if teacher.config.vocab != student.config.vocab:
+def shared_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The tokenizer that the text goes through. Refuses a teacher and a student whose ids do not mean the same tokens.
+
+    Reads descriptions and tokenizers, no arrays.
+    """
+    teacher = student = None
+    if config.teacher.path is not None:
+        teacher = open_config(config.teacher.path).vocab, load_tokenizer(config.teacher.path)
+    if config.student.path is not None:
+        student = open_config(config.student.path).vocab, load_tokenizer(config.student.path)
+    elif config.student.model is not None:
+        student = _fresh_vocabulary(config.student, teacher[1] if teacher else None)
+    if teacher and student:
+        _check_same_tokens(teacher, student)
+    chosen = teacher or student
+    assert chosen is not None, "TrainConfig.check requires a model"
+    return chosen[1]
+
+
+def _fresh_vocabulary(chosen: StudentConfig, teachers: Tokenizer | None) -> tuple[int, Tokenizer]:
+    tokenizer = load_tokenizer(chosen.tokenizer) if chosen.tokenizer else teachers
+    assert tokenizer is not None, "TrainConfig.check requires a tokenizer"
+    assert chosen.model is not None
+    if chosen.model.vocab < tokenizer.vocab_size:
         raise ValueError(
-            f"the teacher's vocabulary has {teacher.config.vocab} ids and the student's {student.config.vocab}; "
-            "losses on scores need the same ids. Start the student from the teacher, or from a model of its family."
+            f"student.model.vocab is {chosen.model.vocab} and the tokenizer has {tokenizer.vocab_size} tokens; "
+            f"give the model a vocabulary of at least {tokenizer.vocab_size}."
         )
-    if teacher.tokenizer.fingerprint != student.tokenizer.fingerprint:
-        mine, theirs = student.tokenizer.token_bytes(), teacher.tokenizer.token_bytes()
-        differing = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
-        if differing or len(mine) != len(theirs):
-            example = f"; id {differing[0]} is {mine[differing[0]]!r} / {theirs[differing[0]]!r}" if differing else ""
-            raise ValueError(
-                f"student and teacher have vocabularies of {len(mine)} and {len(theirs)} tokens that differ in "
-                f"{len(differing)} ids{example}. Losses on scores need the same tokens."
-            )
+    return chosen.model.vocab, tokenizer
+
+
+def _check_same_tokens(teacher: tuple[int, Tokenizer], student: tuple[int, Tokenizer]) -> None:
+    if teacher[0] != student[0]:
+        raise ValueError(
+            f"the teacher's vocabulary has {teacher[0]} ids and the student's {student[0]}; losses on scores need the "
+            "same ids. Start the student from the teacher, or from a model of its family."
+        )
+    if teacher[1].fingerprint == student[1].fingerprint:
+        return
+    theirs, mine = teacher[1].token_bytes(), student[1].token_bytes()
+    differing = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
+    if differing or len(mine) != len(theirs):
+        example = f"; id {differing[0]} is {mine[differing[0]]!r} / {theirs[differing[0]]!r}" if differing else ""
+        raise ValueError(
+            f"student and teacher have vocabularies of {len(mine)} and {len(theirs)} tokens that differ in "
+            f"{len(differing)} ids{example}. Losses on scores need the same tokens."
+        )
 
 
 class Programs:
@@ -225,7 +245,8 @@ class Programs:
 
 def put_rows(places: Places, rows: Mapping[str, np.ndarray]) -> Batch:
     """This process's rows of a batch, on the devices."""
-    return put_batch(places.student, Batch(**rows))
+    fields: dict[str, Any] = dict(rows)
+    return put_batch(places.student, Batch(**fields))
 
 
 def held_out_terms(with_teacher: bool) -> dict[str, Term]:
