@@ -1,0 +1,209 @@
+"""Every recipe loads, resolves to the golden text in tests/golden/recipes, and trains two steps when shrunk.
+
+The golden texts show what a changed default means for each recipe. Where a change is meant, write them anew and look
+at the difference: `python tests/test_recipes.py --update`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxdistill.models.export import write_hf
+from jaxdistill.models.schema import init_params
+from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
+from jaxdistill.tokenizers import ByteTokenizer
+from jaxdistill.train.config import TrainConfig
+from jaxdistill.train.loop import train
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "recipes"
+RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
+
+TEACHER_LAYERS = 4
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = "the teacher goes in and a smaller model that behaves like it comes out".split()
+
+
+def load(path: Path) -> TrainConfig:
+    """What the recipe's `get_config` returns."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def resolved(value: Any, name: str = "") -> Iterator[str]:
+    """A configuration as lines `dotted.name = value`, classes included, in the order of the fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield f"{name or 'config'} = {type(value).__name__}"
+        inner = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, Mapping):
+        inner = {str(key): value[key] for key in value}
+    elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
+        inner = {str(index): item for index, item in enumerate(value)}
+    else:
+        yield f"{name} = {value.__qualname__ if callable(value) else repr(value)}"
+        return
+    for key, item in inner.items():
+        yield from resolved(item, f"{name}.{key}" if name else key)
+
+
+def text_of(config: TrainConfig) -> str:
+    return "\n".join(resolved(config)) + "\n"
+
+
+# Shrinking.
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """What a shrunk recipe runs on."""
+
+    teacher: str
+    text: str
+    conversations: str
+
+
+def write_small(directory: Path) -> Small:
+    """A byte-level teacher with a chat template, a text and some conversations."""
+    tokenizer = ByteTokenizer(chat_template=CHATML)
+    layer = LayerSpec(mixer=Attention(heads=4, kv_heads=2, head_dim=4), ffn=GatedMLP(mlp=32))
+    model = ModelConfig(
+        family="llama", vocab=tokenizer.vocab_size, embed=16, layers=(layer,) * TEACHER_LAYERS, tied=True
+    )
+    teacher = write_hf(
+        directory / "teacher", model, init_params(model, jax.random.key(0)), dtype="float32", tokenizer=tokenizer
+    )
+    phrases = [" ".join(WORDS[i % 5 : i % 5 + 3 + i % 7]) for i in range(200)]
+    text, conversations = directory / "text.txt", directory / "chats.jsonl"
+    text.write_text("\n\n".join(phrases) + "\n")
+    chats = [
+        {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": p}]} for p in phrases
+    ]
+    conversations.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return Small(str(teacher), str(text), str(conversations))
+
+
+def shrink(config: TrainConfig, small: Small, directory: Path, *, conversations: bool) -> TrainConfig:
+    """The same run in small: two steps of short rows on a tiny model, on the mesh that the recipe asks for.
+
+    Layers to keep are mapped to the tiny teacher's depth. What else a recipe says (losses, optimizer, dtypes, remat,
+    how documents are cut, what is saved and written) stays as it is.
+    """
+    student, data = config.student, config.data
+    if student.model is not None:
+        student = dataclasses.replace(
+            student, model=dataclasses.replace(student.model, layers=student.model.layers[:2])
+        )
+    if student.layers is not None:
+        student = dataclasses.replace(student, layers=min(student.layers, TEACHER_LAYERS - 1))
+    if student.keep:
+        depth = max(student.keep) + 1
+        student = dataclasses.replace(
+            student, keep=tuple(sorted({kept * TEACHER_LAYERS // depth for kept in student.keep}))
+        )
+    data = dataclasses.replace(
+        data,
+        path=small.conversations if conversations else small.text,
+        sources=(),
+        length=32,
+        batch_size=8 * config.accumulate,
+        virtual_shards=data.virtual_shards and 8,
+    )
+    has_teacher = config.teacher.path is not None or student.model is None
+    return dataclasses.replace(
+        config,
+        out=str(directory / "run"),
+        teacher=dataclasses.replace(config.teacher, path=small.teacher if has_teacher else None),
+        student=student,
+        data=data,
+        steps=2,
+        chunk=config.chunk and 16,
+        held_out=dataclasses.replace(config.held_out, path=small.text, every=2, windows=8),
+        log=dataclasses.replace(config.log, every=1, tensorboard=False, wandb_project=None),
+        compilation_cache="none",
+        processes="one",
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Iterator[Small]:
+    """Programs are compiled without optimisation from here on: they run for two steps, and compiling is the cost."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield write_small(tmp_path_factory.mktemp("small"))
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+# Tests.
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_says_what_it_is_and_how_it_is_run(name):
+    page = ast.get_docstring(ast.parse(RECIPES[name].read_text())) or ""
+    command = f"jaxdistill train configs/{name}.py"
+    assert command in page or f"make {name}" in page, f"the docstring of {name} shows its command"
+    assert page.splitlines()[0].endswith((".", ",", ":")), "the first line says what the recipe does"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resolves_to_the_golden_text(name):
+    path = GOLDEN / f"{name}.txt"
+    expected = path.read_text() if path.exists() else ""
+    assert text_of(load(RECIPES[name])) == expected, (
+        f"configs/{name}.py does not resolve to {path.relative_to(ROOT)} any more. If the recipe or a default was "
+        "meant to change: python tests/test_recipes.py --update, then read the difference."
+    )
+
+
+def test_no_golden_text_without_a_recipe():
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_trains_two_steps_when_shrunk(name, small, tmp_path):
+    conversations = "CHATS" in RECIPES[name].read_text()
+    config = shrink(load(RECIPES[name]), small, tmp_path, conversations=conversations)
+    result = train(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert result.step == 2 and len(losses) == 2
+    assert all(loss is not None and math.isfinite(loss) for loss in losses)
+    assert all(math.isfinite(value) for value in result.held_out.values()) and result.held_out
+    assert result.student is not None and result.student.is_dir()
+
+
+def test_shrinking_keeps_what_a_recipe_is_about(small, tmp_path):
+    pod = shrink(load(RECIPES["llama31_8b_to_4b"]), small, tmp_path, conversations=False)
+    assert pod.student.keep == (0, 1, 3)  # layers 0-14 and 31 of 32, on four layers
+    assert pod.student.execution.remat == "block" and pod.teacher.parameter_dtype == "bfloat16"
+    assert pod.data.prepend_bos
+
+
+def update() -> None:
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for path in GOLDEN.glob("*.txt"):
+        path.unlink()
+    for name, path in RECIPES.items():
+        (GOLDEN / f"{name}.txt").write_text(text_of(load(path)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--update"]:
+        sys.exit("usage: python tests/test_recipes.py --update")
+    update()
