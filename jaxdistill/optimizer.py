@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,7 @@ def _risen(step: Any, rise: int) -> Any:
 LearningRate = float | WarmupCosine | WarmupStableDecay
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """What builds the transformation for a run; `AdamW` is one, `Optax` wraps any other."""
 

@@ -1,0 +1,350 @@
+"""The command line: `jaxdistill COMMAND …`. What is typed is understood here, before anything heavy is imported.
+
+Errors that the user can do something about are one message and exit status 2; all others keep their traceback.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+DType = Literal["float32", "bfloat16", "float16"]
+DEBUG = "JAXDISTILL_DEBUG"
+
+
+class UsageError(ValueError):
+    """A command line that cannot be run as it is."""
+
+
+def main() -> None:
+    """The `jaxdistill` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command; returns the exit status. `--debug` before the command shows every traceback."""
+    arguments = list(arguments)
+    debug = bool(os.environ.get(DEBUG)) or arguments[:1] == ["--debug"]
+    if arguments[:1] == ["--debug"]:
+        arguments.pop(0)
+    try:
+        _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output (head, less) has left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug or not is_expected(error):
+            raise
+        print("\n".join([f"error: {message(error)}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        return 2
+    return 0
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether an error was raised on purpose by this package or by the file system, rather than by a fault in it."""
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError | RuntimeError):
+        return False
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parent)
+
+
+def message(error: Exception) -> str:
+    """What an error says; the file it is about comes first where the system reports one."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UsageError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}.")
+    if name == "train" and rest and not rest[0].startswith("-"):
+        _train(rest[0], rest[1:])
+        return
+    tyro.cli(COMMANDS[name], args=rest, prog=f"jaxdistill {name}")
+
+
+def _help() -> str:
+    lines = ["usage: jaxdistill [--debug] COMMAND ...", "", "Distil language models with JAX.", "", "commands:"]
+    for name, command in COMMANDS.items():
+        summary = inspect.cleandoc(command.__doc__ or "").splitlines()[0]
+        lines.append(f"  {name:<9} {summary}")
+    return "\n".join([*lines, "", "`jaxdistill COMMAND --help` tells more; --debug shows the traceback of any error."])
+
+
+# Commands. Their arguments and docstrings are what `--help` shows.
+
+
+def train(recipe: Positional[str]) -> None:
+    """Run a recipe: distil a teacher into a student, or go on with a run that was interrupted.
+
+    `jaxdistill train configs/NAME.py --help` shows the recipe's settings; each can be given after it, as in
+    `--teacher.path DIR --data.path FILE --student.layers 16 --out RUN`.
+
+    Args:
+        recipe: A Python file with a function `get_config()`.
+    """
+    _train(recipe, [])
+
+
+def evaluate(
+    models: Positional[tuple[str, ...]],
+    teacher: str | None = None,
+    text: tuple[str, ...] = (),
+    heldout: bool = False,
+    field: str = "text",
+    domain_field: str | None = None,
+    bytes_per_domain: int | None = 9000,
+    bytes_per_document: int | None = 1500,
+    piqa: int | None = None,
+    choices: str | None = None,
+    prompt: str = "Question: {question}\nAnswer:",
+    length: int = 512,
+    batch_size: int = 2,
+    prepend_bos: bool = False,
+    activations: Literal["float32", "bfloat16"] = "float32",
+    out: str | None = None,
+) -> None:
+    """Measure models on held-out text and multiple choice, and print one table.
+
+    Args:
+        models: Checkpoints, Hugging Face directories or .gguf files.
+        teacher: Also measure this model, and compare the others with it (KL in nats, top-1 agreement).
+        text: Files of held-out text (.txt, .jsonl, .parquet, .array_record, directories): one domain each.
+        heldout: The six domains of the project's own held-out text (fetched when it is not there).
+        field: The key or column of the text, where the format has one.
+        domain_field: The key or column that names a text's domain, instead of one domain for each file.
+        bytes_per_domain: Evaluate the first so many bytes of each domain; None takes all.
+        bytes_per_document: Of each document, the first so many bytes; None takes all.
+        piqa: The first so many PIQA questions (fetched when they are not there).
+        choices: A JSON Lines file of multiple-choice items: question, options "A. ...\\nB. ...", answer.
+        prompt: What stands before an option; fields of the item in braces.
+        length: Tokens of a window; windows do not see each other.
+        batch_size: Windows in a batch.
+        prepend_bos: Begin each text with the begin-of-text token.
+        activations: The precision of activations.
+        out: Also write the numbers to this JSON file.
+    """
+    from jaxdistill.jobs.evaluate import EvaluateConfig, evaluate_models
+
+    evaluate_models(
+        EvaluateConfig(
+            models=models,
+            teacher=teacher,
+            text=text,
+            heldout=heldout,
+            field=field,
+            domain_field=domain_field,
+            bytes_per_domain=bytes_per_domain,
+            bytes_per_document=bytes_per_document,
+            piqa=piqa,
+            choices=choices,
+            prompt=prompt,
+            length=length,
+            batch_size=batch_size,
+            prepend_bos=prepend_bos,
+            activations=activations,
+            out=out,
+        )
+    )
+
+
+def generate(
+    model: Positional[str],
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    activations: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Continue a prompt.
+
+    Args:
+        model: A checkpoint, a Hugging Face directory or a .gguf file.
+        prompt: The text to continue, or with --chat the user's message.
+        max_new_tokens: The most tokens to add; the model may end earlier.
+        temperature: 0 takes the most probable token; 1 samples the model's own distribution.
+        top_p: Sample among the most probable tokens that together have this probability.
+        top_k: Sample among this many most probable tokens.
+        seed: Of the sampling; equal seeds give equal text.
+        chat: Put the prompt into the model's chat template.
+        activations: The precision of activations.
+    """
+    from jaxdistill.generate import Sampling
+    from jaxdistill.jobs.generate import generate_text
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    text = generate_text(
+        model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, chat=chat, activations=activations
+    )
+    print(text)
+
+
+def convert(
+    source: Positional[str],
+    destination: Positional[str],
+    to: Literal["jaxdistill", "hf"] = "jaxdistill",
+    dtype: DType = "float32",
+) -> None:
+    """Write a model in another format: GGUF, Hugging Face and our checkpoints in, the last two out.
+
+    Args:
+        source: A checkpoint, a Hugging Face directory or a .gguf file.
+        destination: A new directory.
+        to: Our checkpoint, or a Hugging Face directory (config.json, safetensors, tokenizer.json).
+        dtype: What the parameters are stored as.
+    """
+    from jaxdistill.jobs.convert import convert_model
+
+    convert_model(source, destination, to=to, dtype=dtype)
+
+
+def inspect_(path: Positional[str], tensors: bool = False) -> None:
+    """Tell what a model or a run is, without reading arrays.
+
+    Args:
+        path: A checkpoint, a Hugging Face directory, a .gguf file or a run's directory.
+        tensors: Also list every tensor with its axes, shape and dtype.
+    """
+    from jaxdistill.jobs.inspect import describe_path
+
+    print(describe_path(path, tensors=tensors))
+
+
+def report(run: Positional[str]) -> None:
+    """Write a run's page, RUN/report.html: curves, evaluation, samples, times.
+
+    Args:
+        run: The run's directory.
+    """
+    from jaxdistill.report import write_report
+
+    print(write_report(run))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
+    "convert": convert,
+    "inspect": inspect_,
+    "report": report,
+}
+
+
+# Recipes.
+
+
+def _train(recipe: str, overrides: list[str]) -> None:
+    config = parse_recipe(recipe, overrides)
+    from jaxdistill.train.loop import train
+
+    train(config)
+
+
+def parse_recipe(recipe: str, overrides: Sequence[str]) -> Any:
+    """A recipe's configuration with the settings of a command line. Imports what the recipe imports, no more.
+
+    Kinds (which losses, which optimizer) are the recipe's; the command line sets the numbers, names and choices in
+    them. A number that may be a schedule takes a number.
+    """
+    module = load_recipe(recipe)
+    default = _default_config(module, recipe)
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=list(overrides),
+        prog=f"jaxdistill train {recipe}",
+        description=inspect.cleandoc(module.__doc__ or ""),
+        config=(tyro.conf.AvoidSubcommands,),
+        registry=_registry(),
+    )
+
+
+def load_recipe(recipe: str) -> ModuleType:
+    """The Python file as a module; files beside it can be imported by it."""
+    path = Path(recipe).expanduser()
+    if not path.is_file():
+        found = sorted(str(file) for file in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        others = f"in {path.parent} there are {', '.join(found)}" if found else f"{path.parent} has no recipes"
+        raise UsageError(f"there is no recipe {recipe}; {others}.")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    if path.suffix != ".py" or spec is None or spec.loader is None:
+        raise UsageError(f"{recipe} is not a Python file; a recipe is NAME.py with a function get_config().")
+    module = importlib.util.module_from_spec(spec)
+    # Annotations are resolved through here, and the recipe's own losses may stand in files beside it.
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _recipe_error(path, error) from error
+    return module
+
+
+def _default_config(module: ModuleType, recipe: str) -> Any:
+    from jaxdistill.train.config import TrainConfig
+
+    if not callable(vars(module).get("get_config")):
+        raise UsageError(f"the recipe {recipe} has no function get_config(); define one that returns a TrainConfig.")
+    try:
+        config = module.get_config()
+    except Exception as error:
+        raise _recipe_error(Path(recipe), error) from error
+    if not isinstance(config, TrainConfig):
+        raise UsageError(f"get_config() of {recipe} returned a {type(config).__name__}; it must return a TrainConfig.")
+    return config
+
+
+def _recipe_error(path: Path, error: Exception) -> UsageError:
+    """Names the recipe's line that an error came from."""
+    if isinstance(error, SyntaxError):
+        return UsageError(f"the recipe {path}, line {error.lineno}: {error.msg}.")
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((f.lineno for f in reversed(frames) if Path(f.filename).name == path.name), "?")
+    return UsageError(f"the recipe {path}, line {line}: {type(error).__name__}: {error}")
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Numbers that may be schedules (`types.Scalar`) are given as numbers."""
+    registry = tyro.constructors.ConstructorRegistry()
+    from jaxdistill.types import Scalar
+
+    @registry.primitive_rule
+    def number_or_schedule(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type != Scalar:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="FLOAT",
+            instance_from_str=lambda given: float(given[0]),
+            is_instance=lambda value: callable(value) or isinstance(value, float | int),
+            str_from_instance=lambda value: ["a schedule" if callable(value) else repr(float(value))],
+        )
+
+    return registry

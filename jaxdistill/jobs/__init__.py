@@ -1,0 +1,1 @@
+"""What the commands do: each job owns its files, messages and devices."""
