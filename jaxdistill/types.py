@@ -102,7 +102,7 @@ class Outputs:
 class Tap:
     """Reads an activation inside the layer scan; only `reduce`'s result leaves the scan.
 
-    name: a tap point of the decoder ("input" and "output" of a block; see `models.decoder.TAP_POINTS`).
+    points: activations of a block, such as "input" and "output" (see `models.decoder.TAP_POINTS`).
     layers: which layers; None is all. Layers not asked for cost no memory.
     reduce: (values: dict of the asked tap points [batch, length, ...], mask [batch, length]) -> pytree.
     """

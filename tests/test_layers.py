@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
     "cli": 9,
+    "jobs": 8,
     "report": 8,
     "train": 8,
     "evaluate": 7,
@@ -93,9 +95,7 @@ def upward(imports: Imports, floors: Mapping[str, int]) -> list[str]:
         for module, names in imports.items()
         if is_inside(module)
         for name in sorted(names)
-        if is_inside(name)
-        and room_of(name) != room_of(module)
-        and floors[room_of(name)] >= floors[room_of(module)]
+        if is_inside(name) and room_of(name) != room_of(module) and floors[room_of(name)] >= floors[room_of(module)]
     ]
 
 
@@ -117,7 +117,9 @@ def reached(imports: Imports, start: str) -> dict[str, str]:
         module = waiting.pop()
         for name in imports.get(module, set()):
             # Importing a.b runs a/__init__.py too.
-            parents = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] if is_inside(name) else [name]
+            parents = (
+                [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] if is_inside(name) else [name]
+            )
             for each in parents:
                 if each not in found:
                     found[each] = module
@@ -131,6 +133,12 @@ IMPORTS = package_imports(ROOT)
 def test_every_room_has_a_floor_and_every_floor_a_room():
     rooms = {room_of(module) for module in IMPORTS if is_inside(module)}
     assert rooms == set(FLOORS), "list new rooms in FLOORS and docs/concepts.md, and take out those that are gone"
+
+
+def test_the_page_shows_these_floors():
+    page = (ROOT / "docs" / "concepts.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", page, re.MULTILINE)
+    assert {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)} == FLOORS
 
 
 def test_imports_point_down():
@@ -189,11 +197,16 @@ def test_a_house_with_faults_is_refused(tmp_path):
     assert reached(imports, "jaxdistill.low.three")["jax"] == "jaxdistill.high"
 
 
-def loaded_by(module: str) -> set[str]:
-    """Top-level names of everything that importing a module loads, in an interpreter of its own."""
-    program = f"import {module}, sys; print(*sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def test_the_command_line_starts_light():
+    """A wrong command or `--help` is answered before JAX, Orbax and the data libraries are loaded."""
+    program = "import jaxdistill.cli, sys; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd=ROOT
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    return {name.partition(".")[0] for name in done.stdout.split()}
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "jaxdistill" in loaded
+    assert not loaded & (DEVICE_LIBRARIES | {"grain", "tensorflow_datasets", "tokenizers", "sentencepiece"})
