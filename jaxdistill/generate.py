@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.decoder import Execution, Rows, apply_cached, init_cache, scores
-from jaxdistill.sharding import Layout, put_batch
+from jaxdistill.sharding import BATCH_AXES, Layout
 from jaxdistill.specs import ModelConfig
 from jaxdistill.types import Params
 
@@ -73,7 +73,7 @@ def generate(
         layout,
         execution,
         params,
-        put_batch(layout, tokens),
+        jax.device_put(tokens, layout.sharding(BATCH_AXES, tokens.tokens.shape)),
         jnp.arange(len(tokens.tokens)) >= len(prompts),
         jnp.asarray(max_new_tokens),
         jax.random.key(0) if key is None else key,
@@ -163,7 +163,7 @@ def _continue(
     made = jnp.zeros((batch, room), jnp.int32)
     state = (jnp.asarray(0), outputs.hidden[:, -1], cache, made, jnp.zeros(batch, jnp.int32), done)
     _, _, _, made, lengths, _ = jax.lax.while_loop(unfinished, one_token, state)
-    return made, lengths
+    return layout.constrain(made, (None, None)), layout.constrain(lengths, (None,))  # every process reads all of it
 
 
 def sample(scores: Float[Array, "batch vocab"], keys: Array, sampling: Sampling) -> Int[Array, "batch"]:

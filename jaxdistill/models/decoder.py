@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.attention import RopeTable, attend, causal_attention, query_block, rope_table
+from jaxdistill.models.embedding import look_up
 from jaxdistill.models.modules import Attend, Block, Context, RMSNorm
 from jaxdistill.models.schema import segment_bounds
 from jaxdistill.sharding import Layout
@@ -237,7 +238,7 @@ def _row_attention(rows: TokenRows, layout: Layout) -> Attend:
 
 
 def _embed(params: Params, tokens: Array, layout: Layout, execution: Execution) -> Array:
-    x = jnp.take(params["embedding"]["kernel"], tokens, axis=0).astype(execution.dtype)
+    x = look_up(params["embedding"]["kernel"], tokens, layout=layout, dtype=execution.dtype)
     return layout.constrain(x, ("batch", "length", None))
 
 

@@ -64,7 +64,11 @@ def attention(spec, layer, normed, positions, segment_ids, seen):
         kernel, bias = layer[f"mixer.{name}.kernel"], layer.get(f"mixer.{name}.bias", 0)
         return np.einsum("bte,ehd->bthd", normed, kernel) + bias
 
-    query, key, value = rotate(spec, project("query"), positions), rotate(spec, project("key"), positions), project("value")
+    query, key, value = (
+        rotate(spec, project("query"), positions),
+        rotate(spec, project("key"), positions),
+        project("value"),
+    )
     seen |= {"query": query, "key": key, "value": value}
     batch, length = positions.shape
     mixed = np.zeros_like(query)

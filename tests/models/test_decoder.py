@@ -13,7 +13,7 @@ from tiny import assert_gradients_close, llama, packed_batch
 
 from jaxdistill.models.attention import causal_attention, query_block
 from jaxdistill.models.decoder import Execution, Rows, apply, scores
-from jaxdistill.models.schema import init_params, stack
+from jaxdistill.models.schema import abstract_params, init_params, stack
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, LinearScaling, Llama3Scaling, ModelConfig, Rope
 
 LLAMA3 = Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=64)
@@ -24,9 +24,7 @@ def model(*layers: LayerSpec, tied: bool = False) -> ModelConfig:
 
 
 def layer(heads=4, kv_heads=2, head_dim=6, mlp=20, activation="silu", biases=False, rope=Rope()) -> LayerSpec:  # noqa: B008
-    mixer = Attention(
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, bias=biases, output_bias=biases, rope=rope
-    )
+    mixer = Attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, bias=biases, output_bias=biases, rope=rope)
     return LayerSpec(mixer=mixer, ffn=GatedMLP(mlp=mlp, activation=activation, bias=biases))
 
 
@@ -37,7 +35,10 @@ MODELS = {
     "linear rope": model(layer(rope=Rope(theta=500.0, scaling=LinearScaling(factor=4.0)))),
     "llama3 rope": model(layer(head_dim=16, rope=Rope(theta=100.0, scaling=LLAMA3))),
     "three segments": model(
-        layer(), layer(), layer(heads=2, mlp=8, activation="gelu_tanh"), layer(rope=Rope(theta=100.0), activation="gelu")
+        layer(),
+        layer(),
+        layer(heads=2, mlp=8, activation="gelu_tanh"),
+        layer(rope=Rope(theta=100.0), activation="gelu"),
     ),
     "relu, relu2": model(layer(activation="relu"), layer(activation="relu2")),
 }
@@ -49,7 +50,9 @@ def test_equals_the_definition(name):
     batch = packed_batch(3, rows=3, length=14, vocab=config.vocab)
     parameters = reference.random_parameters(config)
     outputs = jax.jit(lambda p: apply(config, p, batch))(stack(config, parameters))
-    expected = reference.hidden(config, parameters, *map(np.asarray, (batch.tokens, batch.positions, batch.segment_ids)))
+    expected = reference.hidden(
+        config, parameters, *map(np.asarray, (batch.tokens, batch.positions, batch.segment_ids))
+    )
     np.testing.assert_allclose(outputs.hidden, expected, rtol=1e-5, atol=1e-5)
     head = parameters["embedding.kernel" if config.tied else "head.kernel"]
     np.testing.assert_allclose(scores(outputs.hidden, outputs.head), expected @ head.T, rtol=1e-5, atol=3e-5)
@@ -57,7 +60,9 @@ def test_equals_the_definition(name):
 
 def test_llama3_rope_of_this_test_has_all_three_ranges():
     rope = Rope(theta=100.0, scaling=LLAMA3)
-    ratio = np.array([reference.frequency(rope, 16, i) / reference.frequency(Rope(theta=100.0), 16, i) for i in range(8)])
+    ratio = np.array(
+        [reference.frequency(rope, 16, i) / reference.frequency(Rope(theta=100.0), 16, i) for i in range(8)]
+    )
     assert np.isclose(ratio, 1).any()
     assert np.isclose(ratio, 1 / 8).any()
     assert ((ratio > 0.13) & (ratio < 0.99)).any()
@@ -72,8 +77,9 @@ def test_a_token_depends_on_exactly_its_past_in_its_segment():
     def at(position, params):
         return jnp.sum(apply(config, params, rows).hidden[0, position] ** 3)
 
+    gradients = jax.jit(jax.grad(at, argnums=1))
     for position in range(12):
-        gradient = jax.grad(at, argnums=1)(position, params)["embedding"]["kernel"]
+        gradient = gradients(position, params)["embedding"]["kernel"]
         depends = np.asarray(jnp.any(gradient != 0, axis=1))
         expected = (np.arange(12) <= position) & (segment_ids[0] == segment_ids[0, position])
         np.testing.assert_array_equal(depends, expected)
@@ -140,7 +146,7 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient(remat):
 
 def test_each_remat_keeps_less():
     config = llama(layers=8, embed=32, mlp=96)
-    params = init_params(config, jax.random.key(0))
+    params = abstract_params(config)
     batch = packed_batch(0, length=128)
 
     def temporary_bytes(remat):
@@ -156,7 +162,7 @@ def test_each_remat_keeps_less():
 def test_the_program_does_not_grow_with_depth():
     def program(depth):
         config = llama(layers=depth)
-        params = init_params(config, jax.random.key(0))
+        params = abstract_params(config)
         batch = packed_batch()
         return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(apply(config, p, batch).hidden)))(params))
 
@@ -167,8 +173,8 @@ def test_bfloat16_is_close_and_keeps_norms_in_float32():
     config = llama(layers=4)
     params = init_params(config, jax.random.key(0))
     batch = packed_batch()
-    half = apply(config, params, batch, execution=Execution(activation_dtype="bfloat16"))
-    full = apply(config, params, batch)
+    half = jax.jit(lambda p: apply(config, p, batch, execution=Execution(activation_dtype="bfloat16")))(params)
+    full = jax.jit(lambda p: apply(config, p, batch))(params)
     assert half.hidden.dtype == jnp.bfloat16
     assert half.head.kernel.dtype == jnp.float32
     error = jnp.abs(half.hidden.astype(jnp.float32) - full.hidden)
@@ -180,13 +186,11 @@ def test_gradients_reach_parameters_in_float32_from_bfloat16_activations():
     params = init_params(config, jax.random.key(0))
     batch = packed_batch()
     weights = jnp.ones((8, 16, config.embed))
-    _, gradients = loss_and_gradients(
-        config, params, batch, weights, execution=Execution(activation_dtype="bfloat16")
-    )
+    _, gradients = loss_and_gradients(config, params, batch, weights, execution=Execution(activation_dtype="bfloat16"))
     assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("block", [4, 5, 16, 64])
+@pytest.mark.parametrize("block", [5, 17])
 def test_query_blocks_change_nothing(block):
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((2, 17, h, 4)), jnp.float32) for h in (6, 2, 2))
@@ -198,7 +202,7 @@ def test_query_blocks_change_nothing(block):
     for name, (start, heads) in starts.items():
         layer[f"mixer.{name}.kernel"] = np.eye(40)[:, start : start + 4 * heads].reshape(40, heads, 4)
     expected = reference.attention(spec, layer, wide, np.zeros((2, 17)), np.asarray(segment_ids), {})
-    given = causal_attention(query, key, value, segment_ids, query_block=block)
+    given = jax.jit(causal_attention, static_argnames="query_block")(query, key, value, segment_ids, query_block=block)
     np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
 
 
