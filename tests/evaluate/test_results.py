@@ -30,7 +30,7 @@ def test_one_aligned_table():
         "         bits per byte        beside the teacher     piqa, 100 items",
         "model    books   code    all  KL, nats  top-1 equal  summed  per byte",
         "teacher  2.000  1.000  1.250         –            –    0.62      0.64",
-        "student  4.000  2.000  2.500     0.300        60.0%       –          –",
+        "student  4.000  2.000  2.500     0.300        60.0%       –         –",
     ]
 
 
