@@ -219,6 +219,35 @@ def test_schedules_follow_consumed_batches_not_applied_updates():
     assert np.abs(np.asarray(kernel) - before["student"]["embedding"]["kernel"]).max() > 1e-3
 
 
+def test_schedules_follow_batches_not_micro_batches():
+    """Learning rate, weight and temperature all change at every step, and accumulation changes none of them."""
+    terms = {"kl": ForwardKL(weight=lambda step: 1.0 + step, temperature=lambda step: 1.0 + 0.5 * step)}
+    optimizer = Optax(scale_by_step(lambda step: -0.2 * (1.0 + step)))
+    losses, _ = run(Setting(accumulate=4), 3, optimizer, terms=terms)
+    expected, _ = run(Setting(), 3, optimizer, terms=terms)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cliff(Term):
+    """A finite value with an infinite gradient: the root of a learned zero."""
+
+    def parameters(self, key, *, student_embed, teacher_embed):
+        return {"zero": jnp.float32(0.0)}
+
+    def __call__(self, student, teacher, at, parameters):
+        return student.log_normalizer() - student.take(at.targets) + jnp.sqrt(parameters["zero"])
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
+    step, state, frozen, teacher, _ = prepare(Setting(), terms={"cliff": Cliff()})
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = step(state, frozen, teacher, packed_batch())
+    assert np.isfinite(metrics["loss"])
+    assert metrics["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.params), before)
+
+
 def test_packed_rows_train_as_separate_rows():
     packed = packed_batch(rows=2, length=12)
     assert set(np.unique(packed.segment_ids)) >= {1, 2}

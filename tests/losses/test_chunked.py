@@ -269,6 +269,14 @@ def test_without_a_teacher_terms_on_the_text_alone_work():
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
+def test_without_a_teacher_the_students_scores_stand_in_without_gradient():
+    x = example(10)
+    (loss, _), gradients = evaluate({"teacher": TeacherCrossEntropy(weight=1.0)}, x, teacher=False)
+    (expected, _), _ = evaluate({"cross_entropy": CrossEntropy()}, x)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert not any(np.any(np.asarray(gradient)) for gradient in jax.tree.leaves(gradients))
+
+
 def test_the_teachers_own_loss_is_reported():
     x = example(11)
     (_, means), _ = evaluate({"teacher": TeacherCrossEntropy()}, x)
