@@ -27,12 +27,16 @@ def gradients(seed, scale=1.0):
 
 def follow(transformation, steps, *, scale=1.0, **extra):
     """Parameters after some steps of given gradients."""
+
+    @jax.jit
+    def one(gradients, state, now, more):
+        updates, state = transformation.update(gradients, state, now, **more)
+        return optax.apply_updates(now, updates), state
+
     now = params()
     state = transformation.init(now)
     for step in range(steps):
-        more = {name: value(step) for name, value in extra.items()}
-        updates, state = transformation.update(gradients(step, scale), state, now, **more)
-        now = optax.apply_updates(now, updates)
+        now, state = one(gradients(step, scale), state, now, {name: value(step) for name, value in extra.items()})
     return now, state
 
 
