@@ -67,7 +67,8 @@ def imported(path: Path, modules: Iterable[str]) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{path}:{node.lineno}: write imports absolutely."
+            assert not node.level, f"{path}:{node.lineno}: write imports absolutely."
+            assert node.module
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 names.add(inner if inner in known else node.module)
@@ -117,10 +118,7 @@ def reached(imports: Imports, start: str) -> dict[str, str]:
         module = waiting.pop()
         for name in imports.get(module, set()):
             # Importing a.b runs a/__init__.py too.
-            parents = (
-                [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] if is_inside(name) else [name]
-            )
-            for each in parents:
+            for each in (name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)):
                 if each not in found:
                     found[each] = module
                     waiting.append(each)

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import pytest
+from compiling import unoptimised
 
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.schema import init_params
@@ -35,13 +36,14 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the teacher goes in and a smaller model that behaves like it comes out".split()
+WORDS = ("the", "teacher", "goes", "in", "and", "a", "smaller", "model", "comes", "out")
 
 
 def load(path: Path) -> TrainConfig:
     """What the recipe's `get_config` returns."""
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
@@ -143,11 +145,8 @@ def shrink(config: TrainConfig, small: Small, directory: Path, *, conversations:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Iterator[Small]:
-    """Programs are compiled without optimisation from here on: they run for two steps, and compiling is the cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield write_small(tmp_path_factory.mktemp("small"))
-    jax.config.update("jax_disable_most_optimizations", before)
+    with unoptimised():
+        yield write_small(tmp_path_factory.mktemp("small"))
 
 
 # Tests.
@@ -182,16 +181,20 @@ def test_trains_two_steps_when_shrunk(name, small, tmp_path):
     result = train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert result.step == 2 and len(losses) == 2
+    assert result.step == 2
+    assert len(losses) == 2
     assert all(loss is not None and math.isfinite(loss) for loss in losses)
-    assert all(math.isfinite(value) for value in result.held_out.values()) and result.held_out
-    assert result.student is not None and result.student.is_dir()
+    assert result.held_out
+    assert all(math.isfinite(value) for value in result.held_out.values())
+    assert result.student == tmp_path / "run" / "student"
+    assert result.student.is_dir()
 
 
 def test_shrinking_keeps_what_a_recipe_is_about(small, tmp_path):
     pod = shrink(load(RECIPES["llama31_8b_to_4b"]), small, tmp_path, conversations=False)
     assert pod.student.keep == (0, 1, 3)  # layers 0-14 and 31 of 32, on four layers
-    assert pod.student.execution.remat == "block" and pod.teacher.parameter_dtype == "bfloat16"
+    assert pod.student.execution.remat == "block"
+    assert pod.teacher.parameter_dtype == "bfloat16"
     assert pod.data.prepend_bos
 
 
