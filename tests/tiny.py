@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.models.schema import schema, stack
 from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
-from jaxdistill.types import Batch
+from jaxdistill.types import Batch, Params
 
 LAYOUTS = {
     "one device": Layout,
@@ -28,6 +29,19 @@ def llama(
 ) -> ModelConfig:
     layer = LayerSpec(mixer=Attention(heads=heads, kv_heads=kv_heads, head_dim=4), ffn=GatedMLP(mlp=mlp))
     return ModelConfig(family="llama", vocab=vocab, embed=embed, layers=(layer,) * layers, tied=tied)
+
+
+def params(config: ModelConfig, seed: int = 0, *, head_scale: float = 1.0) -> Params:
+    """Random parameters from NumPy, in the stacked form: `init_params` would spend seconds compiling its generator."""
+    rng = np.random.default_rng(seed)
+
+    def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("scale"):
+            return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        scale = head_scale if name.startswith("head") else 1.0
+        return (scale * rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+    return stack(config, {name: jnp.asarray(values(name, spec.shape)) for name, spec in schema(config).items()})
 
 
 def packed_batch(seed: int = 0, *, rows: int = 8, length: int = 16, vocab: int = 64) -> Batch:
