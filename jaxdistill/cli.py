@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 DType = Literal["float32", "bfloat16", "float16"]
 DEBUG = "JAXDISTILL_DEBUG"
@@ -95,7 +95,7 @@ def _help() -> str:
 # Commands. Their arguments and docstrings are what `--help` shows.
 
 
-def train(recipe: Positional[str]) -> None:
+def train(recipe: Annotated[Positional[str], arg(metavar="RECIPE")]) -> None:
     """Run a recipe: distil a teacher into a student, or go on with a run that was interrupted.
 
     `jaxdistill train configs/NAME.py --help` shows the recipe's settings; each can be given after it, as in
@@ -108,7 +108,7 @@ def train(recipe: Positional[str]) -> None:
 
 
 def evaluate(
-    models: Positional[tuple[str, ...]],
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL")],
     teacher: str | None = None,
     text: tuple[str, ...] = (),
     heldout: bool = False,
@@ -170,7 +170,7 @@ def evaluate(
 
 
 def generate(
-    model: Positional[str],
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
     prompt: str,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -204,8 +204,8 @@ def generate(
 
 
 def convert(
-    source: Positional[str],
-    destination: Positional[str],
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    destination: Annotated[Positional[str], arg(metavar="DESTINATION")],
     to: Literal["jaxdistill", "hf"] = "jaxdistill",
     dtype: DType = "float32",
 ) -> None:
@@ -222,7 +222,7 @@ def convert(
     convert_model(source, destination, to=to, dtype=dtype)
 
 
-def inspect_(path: Positional[str], tensors: bool = False) -> None:
+def inspect_(path: Annotated[Positional[str], arg(metavar="PATH")], tensors: bool = False) -> None:
     """Tell what a model or a run is, without reading arrays.
 
     Args:
@@ -234,7 +234,7 @@ def inspect_(path: Positional[str], tensors: bool = False) -> None:
     print(describe_path(path, tensors=tensors))
 
 
-def report(run: Positional[str]) -> None:
+def report(run: Annotated[Positional[str], arg(metavar="RUN")]) -> None:
     """Write a run's page, RUN/report.html: curves, evaluation, samples, times.
 
     Args:
@@ -260,6 +260,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def _train(recipe: str, overrides: list[str]) -> None:
     config = parse_recipe(recipe, overrides)
+    # Before the loop and what it needs is imported: a wrong setting is told at once.
+    config.check()
     from jaxdistill.train.loop import train
 
     train(config)
