@@ -25,6 +25,8 @@ def slower(self, line, said=progress.Say.progress):
 
 
 progress.Say.progress = slower
-run(Files(Path(sys.argv[1])).config(Path(sys.argv[2])), devices=jax.process_count())
+both = jax.process_count() == 2
+config = Files(Path(sys.argv[1])).config(Path(sys.argv[2]), export="jaxdistill" if both else "none")
+run(config, devices=jax.device_count() if both else 1)
 if len(sys.argv) > 3:
     jax.distributed.shutdown()
