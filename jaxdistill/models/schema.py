@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -162,24 +162,21 @@ def init_params(config: ModelConfig, key: jax.Array, layout: Layout = Layout(), 
 
     A parameter's values depend on the key and its per-layer name alone: not on the mesh, nor on the segmentation.
     """
+    return _initialiser(config, layout, jnp.dtype(dtype))(key)
 
-    def one(name: str, key: jax.Array) -> jax.Array:
-        spec = _schema(config)[name]
-        return spec.initializer(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, jnp.float32)
+
+@functools.lru_cache(maxsize=64)
+def _initialiser(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Callable[[jax.Array], Params]:
+    def values(leaf: StackedSpec, key: jax.Array) -> jax.Array:
+        names = jnp.asarray([zlib.crc32(name.encode()) for name in leaf.members], jnp.uint32)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(names)
+        made = jax.vmap(lambda k: leaf.spec.initializer(k, leaf.spec.shape, jnp.float32))(keys).astype(dtype)
+        return made if leaf.stacked else made[0]
 
     def initialise(key: jax.Array) -> Params:
-        leaves = {}
-        for path, leaf in _stacked(config).items():
-            if leaf.stacked:
-                hashes = jnp.asarray([zlib.crc32(n.encode()) for n in leaf.members], jnp.uint32)
-                keys = jax.vmap(lambda h: jax.random.fold_in(key, h))(hashes)
-                values = jax.vmap(lambda k, spec=leaf.spec: spec.initializer(k, spec.shape, jnp.float32))(keys)
-            else:
-                values = one(leaf.members[0], key)
-            leaves[path] = values.astype(dtype)
-        return _nested(leaves)
+        return _nested({path: values(leaf, key) for path, leaf in _stacked(config).items()})
 
-    return jax.jit(initialise, out_shardings=param_shardings(config, layout))(key)
+    return jax.jit(initialise, out_shardings=param_shardings(config, layout))
 
 
 def stack(config: ModelConfig, per_layer: Mapping[str, Any]) -> Params:
