@@ -39,6 +39,8 @@ def test_a_stopped_run_resumes_bit_for_bit(files, whole, tmp_path, number):
     stopped = run(files.config(tmp_path), stop_after=5, number=number)
     assert (stopped.step, stopped.student) == (5, None)
     assert checkpoints(tmp_path).latest() == 5
+    # Evaluated at 3 and 4: the checkpoint of the stop has no value of its own, and so is not the best.
+    assert checkpoints(tmp_path).best() == 3
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     finished = run(files.config(tmp_path))
     assert finished.step == STEPS
