@@ -89,13 +89,12 @@ class Outputs:
     """What a model returns for a batch. Scores are never formed here: that is the chunked head's work.
 
     hidden: [batch, length, embed] after the final norm. taps: what `Tap.reduce` returned, stacked over the tapped
-    layers. aux: named sums that a model adds to the objective (router losses).
+    layers.
     """
 
     hidden: Float[Array, "batch length embed"]
     head: Head
     taps: dict[str, Any] = dataclasses.field(default_factory=dict)
-    aux: dict[str, Mean] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
