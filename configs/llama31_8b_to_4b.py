@@ -5,9 +5,9 @@
 
 Start the command on every host; the processes find each other. After LLM Pruning and Distillation in Practice
 (2408.11796): layers 16 to 31 of 32 go as one contiguous block and the last layer stays, and the student is retrained
-by forward KL on the logits alone. The paper trains for 94B tokens; `steps` below makes
-1.26B, a start. Batch and rates follow its published recipe as we read it (our
-reading; see docs/papers.md): peak 1e-4 falling to 1e-5, 60 steps of warm-up, contexts of 8192.
+by forward KL on the logits alone. The paper trains for 94B tokens; `steps` below makes 1.26B, a start. Batch and
+rates follow its published recipe as we read it (docs/papers.md): peak 1e-4 falling to 1e-5, 60 steps of warm-up,
+contexts of 8192.
 
 Nothing here was trained by us at this size: on this recipe the tests load it, shrink it and train two steps.
 """
