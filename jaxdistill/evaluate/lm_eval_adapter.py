@@ -112,10 +112,12 @@ class LmEvalModel(LM):
                 "leave room for the prompt."
             )
         ids = [encoding.ids.tolist()[-room:] for encoding in model.tokenizer.encode_batch(prompts)]
+        if start is not None:
+            ids = [each or [start] for each in ids]
         made = generate(
             model.config,
             model.params,
-            [each or [start] for each in ids],
+            ids,
             max_new_tokens=settings.max_new_tokens,
             stop=model.tokenizer.special.stop,
             key=jax.random.key(0),
