@@ -26,6 +26,7 @@ FULL_SECONDS = 300.0
 DOMAIN_BYTES = 8_800
 """Of each of the six held-out domains, about 2,000 tokens."""
 PIQA_ITEMS = 100
+PIQA_PROMPT = "Question: {question}\nAnswer:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class Quickstart:
 
 def main(options: Quickstart) -> None:
     from jaxdistill.assets import asset
+    from jaxdistill.formats.paths import write_text
+    from jaxdistill.report.page import write_report
     from jaxdistill.train.progress import Clock
 
     clock = Clock()
@@ -58,28 +61,28 @@ def main(options: Quickstart) -> None:
     with clock.measure("evaluate"):
         models = open_models(options.out / "teacher", result)
         evaluation = evaluate(models, paths, share=min(1.0, options.seconds / FULL_SECONDS))
-        (options.out / "evaluation.json").write_text(json.dumps(evaluation.to_dict(), indent=1))
     print(f"\n{evaluation.table()}\n\n{verdict(evaluation)}\n")
     with clock.measure("sample"):
         samples = sample(models)
-        (options.out / "samples.json").write_text(json.dumps(samples, indent=1))
-    with clock.measure("report"):
-        page = report(options.out)
-    print(f"Time:\n{clock}\n\nstudent: {result.student}\nreport:  {page}")
+    for name, content in (
+        ("evaluation.json", evaluation.to_dict()),
+        ("samples.json", samples),
+        ("times.json", clock.parts),
+    ):
+        write_text(options.out / name, json.dumps(content, indent=1) + "\n")
+    page = write_report(options.out)
+    print(f"time:\n{clock}\n\nstudent: {result.student}\nreport:  {page}")
 
 
 def convert(source: Path, target: Path) -> None:
     """The GGUF as our checkpoint."""
-    from jaxdistill.checkpoint.model import describe, is_model, save_model
-    from jaxdistill.checkpoint.open import open_model
+    from jaxdistill.checkpoint.model import describe, is_model
+    from jaxdistill.jobs.convert import convert_model
 
     if is_model(target):
         print(f"{target} exists: {describe(target)}")
-        return
-    print(f"converting {source.name}")
-    model = open_model(source)
-    save_model(target, model.config, model.params, write_tokenizer=model.tokenizer.save)
-    print(f"{target}: {describe(target)}")
+    else:
+        convert_model(str(source), str(target), to="jaxdistill", dtype="float32")
 
 
 def plan(options: Quickstart, paths: dict[str, Path], *, spent: float) -> Any:
@@ -132,6 +135,7 @@ def evaluate(models: dict[str, Any], paths: dict[str, Path], *, share: float) ->
     from jaxdistill.evaluate.choice import multiple_choice, read_items
     from jaxdistill.evaluate.results import Evaluation
     from jaxdistill.evaluate.text import evaluate_text, excerpts
+    from jaxdistill.jobs.stage import counted
 
     domains: dict[str, list[str]] = {}
     for line in paths["heldout"].read_text().splitlines():
@@ -141,12 +145,14 @@ def evaluate(models: dict[str, Any], paths: dict[str, Path], *, share: float) ->
         name: excerpts(texts, total_bytes=int(share * DOMAIN_BYTES), document_bytes=2200)
         for name, texts in domains.items()
     }
-    items = read_items(paths["piqa"], limit=math.ceil(share * PIQA_ITEMS))
-    return Evaluation(
-        text=evaluate_text(models, chosen, teacher="teacher"),
-        choices={name: {"PIQA": multiple_choice(model, items)} for name, model in models.items()},
-        teacher="teacher",
-    )
+    items = read_items(paths["piqa"], prompt=PIQA_PROMPT, limit=math.ceil(share * PIQA_ITEMS))
+    with counted("held-out text of six domains") as progress:
+        text = evaluate_text(models, chosen, teacher="teacher", progress=progress)
+    choices = {}
+    for name, model in models.items():
+        with counted(f"{len(items)} PIQA questions, {name}") as progress:
+            choices[name] = {"PIQA": multiple_choice(model, items, progress=progress)}
+    return Evaluation(text=text, choices=choices, teacher="teacher")
 
 
 def verdict(evaluation: Any) -> str:
@@ -179,13 +185,6 @@ def sample(models: dict[str, Any]) -> list[dict[str, str]]:
         samples.append({"model": name, "prompt": PROMPT, "continuation": model.tokenizer.decode(ids)})
         print(f"{name}: {PROMPT}{samples[-1]['continuation']}\n")
     return samples
-
-
-def report(directory: Path) -> Path:
-    """The page that shows it all."""
-    from jaxdistill.report import write_report
-
-    return write_report(directory)
 
 
 if __name__ == "__main__":
