@@ -178,6 +178,19 @@ def test_the_first_moment_is_stored_as_the_nearest_bfloat16():
     np.testing.assert_array_equal(state.mu["w"], (0.1 * gradient["w"]).astype(jnp.bfloat16))
 
 
+def test_moments_are_read_from_bfloat16_and_computed_in_float32():
+    """Not jitted: XLA may leave out roundings to bfloat16 inside a program."""
+    adam = stored_as(optax.scale_by_adam(b1=0.9, b2=0.95, eps=0.0), jnp.bfloat16)
+    first, second = (np.array(g, np.float32) for g in ([1.2345678, -3.3333333], [0.7654321, 2.7182818]))
+    state = adam.init({"w": jnp.asarray(first)})
+    _, state = adam.update({"w": jnp.asarray(first)}, state)
+    updates, _ = adam.update({"w": jnp.asarray(second)}, state)
+    stored = [np.asarray(jnp.asarray(m, jnp.bfloat16), np.float64) for m in (0.1 * first, 0.05 * first**2)]
+    mean, square = 0.9 * stored[0] + 0.1 * second, 0.95 * stored[1] + 0.05 * second**2
+    expected = mean / (1 - 0.9**2) / np.sqrt(square / (1 - 0.95**2))
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
+
+
 def test_scale_by_step_follows_the_given_step_alone():
     scaled = scale_by_step(lambda step: 10.0 * step)
     state = scaled.init({})
