@@ -31,7 +31,7 @@ def open_model(path: str | os.PathLike[str], *, layout: Layout = Layout(), dtype
     path: a directory that `jaxdistill convert` wrote, a Hugging Face directory (config.json, safetensors,
     tokenizer.json or tokenizer.model), or a .gguf file. Raises with the missing or contradicting parts named.
     """
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(os.fspath(path))
     read = load_model_checkpoint if is_model(path) else read_model
     config, params = read(path, layout=layout, dtype=dtype)
     return Model(config, params, tokenizer)

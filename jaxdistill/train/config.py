@@ -126,8 +126,8 @@ class TrainConfig:
     checkpoints: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     export: Literal["huggingface", "jaxdistill", "none"] = "huggingface"
-    """What RUN/student is written as when the run is finished. A student whose layers differ, or whose shards are spread
-    over several processes, is written as our own checkpoint: `jaxdistill convert` turns that into the other."""
+    """What RUN/student is written as when the run is finished. A student whose layers differ, or whose shards are
+    spread over several processes, is written as our own checkpoint, which `jaxdistill convert` reads."""
     export_dtype: DType = "float32"
     stop_after_skipped: int = 20
     """Stop when this many steps in a row had a loss or gradient that is not finite."""
