@@ -175,13 +175,30 @@ BATCH_AXES: Axes = ("batch", "length")
 
 
 def put_batch(layout: Layout, rows: Any) -> Any:
-    """This process's rows of the global batch, as global arrays split along "batch"."""
+    """This process's rows of the global batch, as global arrays split along "batch".
+
+    Rows go to this process's own devices: their order in the global batch is that of the devices on the mesh.
+    """
 
     def put(x: np.ndarray) -> jax.Array:
         if layout.mesh is None:
             return jax.device_put(x)
         shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
-        spec = layout.spec(("batch", "length", *(None,) * (x.ndim - 2))[: x.ndim], shape)
-        return jax.make_array_from_process_local_data(NamedSharding(layout.mesh, spec), x, shape)
+        return jax.make_array_from_process_local_data(_batch_sharding(layout, shape), x, shape)
 
     return jax.tree.map(put, rows)
+
+
+def put_global_batch(layout: Layout, rows: Any) -> Any:
+    """Rows of which every process holds all, in their order, as global arrays split along "batch"."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        if layout.mesh is None:
+            return jax.device_put(x)
+        return jax.make_array_from_callback(x.shape, _batch_sharding(layout, x.shape), lambda part: x[part])
+
+    return jax.tree.map(put, rows)
+
+
+def _batch_sharding(layout: Layout, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    return layout.sharding((*BATCH_AXES, *(None,) * len(shape))[: len(shape)], shape)

@@ -6,7 +6,17 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from tiny import LAYOUTS
 
-from jaxdistill.sharding import DEFAULT_RULES, MESH_AXES, Layout, MeshConfig, Rules, is_axes, make_mesh, put_batch
+from jaxdistill.sharding import (
+    DEFAULT_RULES,
+    MESH_AXES,
+    Layout,
+    MeshConfig,
+    Rules,
+    is_axes,
+    make_mesh,
+    put_batch,
+    put_global_batch,
+)
 
 
 def layout(rules=DEFAULT_RULES, **sizes):
@@ -114,11 +124,12 @@ def test_trees_of_axes():
     assert not is_axes((np.zeros(1),))
 
 
+@pytest.mark.parametrize("put", [put_batch, put_global_batch])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_batch_is_split_by_rows_and_keeps_its_values(name):
+def test_a_batch_is_split_by_rows_and_keeps_its_values(name, put):
     where = LAYOUTS[name]()
     rows = {"tokens": np.arange(8 * 32, dtype=np.int32).reshape(8, 32), "weights": np.arange(8.0, dtype=np.float32)}
-    placed = put_batch(where, rows)
+    placed = put(where, rows)
     for key, expected in rows.items():
         np.testing.assert_array_equal(placed[key], expected)
     parts = where.split("batch"), where.split("length")

@@ -112,25 +112,27 @@ class FirstFit:
     def __init__(self, *, length: int, open_rows: int, rows: Iterable[Row] = ()):
         self.length, self.open_rows = length, open_rows
         self.rows: list[Row] = [list(row) for row in rows]
+        self._rooms = [length - sum(map(len, row)) for row in self.rows]
 
     def add(self, piece: Piece) -> list[Row]:
         """Places a piece; returns the rows that this finished, which are no longer open."""
         finished = []
-        row = next((row for row in self.rows if self._room(row) >= len(piece)), None)
-        if row is None:
+        at = next((at for at, room in enumerate(self._rooms) if room >= len(piece)), None)
+        if at is None:
             if len(self.rows) == self.open_rows:
-                finished.append(self.rows.pop(min(range(len(self.rows)), key=lambda at: self._room(self.rows[at]))))
-            row = []
-            self.rows.append(row)
-        row.append(piece)
-        if self._room(row) == 0:
-            # Rows compare by identity: two rows may hold equal pieces.
-            self.rows.pop(next(at for at, candidate in enumerate(self.rows) if candidate is row))
-            finished.append(row)
+                finished.append(self._finish(self._rooms.index(min(self._rooms))))
+            at = len(self.rows)
+            self.rows.append([])
+            self._rooms.append(self.length)
+        self.rows[at].append(piece)
+        self._rooms[at] -= len(piece)
+        if self._rooms[at] == 0:
+            finished.append(self._finish(at))
         return finished
 
-    def _room(self, row: Row) -> int:
-        return self.length - sum(len(piece) for piece in row)
+    def _finish(self, at: int) -> Row:
+        self._rooms.pop(at)
+        return self.rows.pop(at)
 
 
 def count_row(row: Row, length: int) -> Statistics:

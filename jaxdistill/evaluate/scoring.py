@@ -21,7 +21,7 @@ from jaxdistill.data.tokenize import Tokenized
 from jaxdistill.losses.chunked import default_chunk, term_values
 from jaxdistill.losses.terms import CrossEntropy, Term
 from jaxdistill.models.decoder import Execution, apply, head_of
-from jaxdistill.sharding import BATCH_AXES, Layout, put_batch
+from jaxdistill.sharding import BATCH_AXES, Layout, put_global_batch
 from jaxdistill.specs import ModelConfig
 from jaxdistill.types import Batch, Outputs, Params
 
@@ -120,7 +120,7 @@ def score(
     rows, length = scoring.shape(max((len(piece) for piece in pieces), default=1))
     batches = pack(pieces, rows=rows, length=length)
     for done, packed in enumerate(batches, 1):
-        batch = Batch(**put_batch(scoring.layout, _local_rows(packed.fields)))
+        batch = Batch(**put_global_batch(scoring.layout, packed.fields))
         supervised = packed.fields["loss_mask"] != 0
         said = None if teacher is None else _outputs(teacher, batch, scoring)
         for name, model in models.items():
@@ -154,12 +154,6 @@ def _check(name: str, model: Model, pieces: Sequence[Piece]) -> None:
             f"a text has {longest} tokens and the model {name!r} takes at most {model.config.max_length}; "
             "use a smaller length."
         )
-
-
-def _local_rows(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """This process's share of the rows, which are equal on all processes."""
-    count = jax.process_count()
-    return {name: np.split(field, count)[jax.process_index()] for name, field in fields.items()}
 
 
 def _chunk(model: Model, scoring: Scoring) -> int:

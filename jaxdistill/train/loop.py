@@ -39,7 +39,6 @@ from jaxdistill.train.setup import (
     enable_compilation_cache,
     make_student,
     open_teacher,
-    put_rows,
     shared_tokenizer,
 )
 from jaxdistill.train.stop import stop_requests
@@ -88,6 +87,7 @@ def train(config: TrainConfig) -> Result:
         if latest is not None:
             check_compatible(saved["config"], as_document(config), may_change=MAY_CHANGE)
         run = _Run(config, checkpoints, saved)
+        run.refuse_foreign_student(latest)
         if latest is not None and run.exported() and latest >= config.steps:
             return run.nothing_left(latest)
         run.prepare(latest)
@@ -110,13 +110,21 @@ class _Run:
 
     # Before the first step.
 
+    def refuse_foreign_student(self, latest: int | None) -> None:
+        """A new run would end with a student that it did not make: an existing one is never overwritten."""
+        if latest is None and self.config.export != "none" and (self.directory / "student").exists():
+            raise ValueError(
+                f"{self.directory / 'student'} exists, and {self.directory} has no checkpoint of the run that made it. "
+                "Choose another output directory, or move the student."
+            )
+
     def prepare(self, resumed: int | None) -> None:
         """Everything up to the first step, from the checkpoint `resumed` if there is one."""
         config, places = self.config, Places.of(self.config)
         with self.clock.measure("open data"):
             tokenizer = shared_tokenizer(config)
             self.loader = self._loader(tokenizer)
-            self.held_out_batches = self._held_out_batches(tokenizer)
+            self.held_out_batches = held_out_batches(config, tokenizer)
         with self.clock.measure("open models"):
             teacher = open_teacher(config, places)
         if self.kept is not None:
@@ -124,7 +132,7 @@ class _Run:
             chosen = dataclasses.replace(config.student, layers=None, keep=self.kept)
             config = dataclasses.replace(config, student=chosen)
         with self.clock.measure("make the student"):
-            student = make_student(config, teacher, places, self._calibration(places, tokenizer))
+            student = make_student(config, teacher, places, self._calibration(tokenizer))
         self.kept = student.kept
         self.programs = Programs(config, student, teacher, places)
         with self.clock.measure("start state"):
@@ -141,23 +149,11 @@ class _Run:
             self.config.data, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
         )
 
-    def _calibration(self, places: Places, tokenizer: Tokenizer) -> Iterator[Any]:
+    def _calibration(self, tokenizer: Tokenizer) -> Iterator[dict[str, np.ndarray]]:
         """The first training batches, from a loader of their own: the run itself still begins at the beginning."""
         with contextlib.closing(self._loader(tokenizer)) as loader:
             for _ in range(CALIBRATION_BATCHES):
-                yield put_rows(places, next(loader))
-
-    def _held_out_batches(self, tokenizer: Tokenizer) -> list[dict[str, np.ndarray]]:
-        held_out, data = self.config.held_out, self.config.data
-        if held_out.path is None:
-            return []
-        return eval_batches(
-            source_at(held_out.path),
-            tokenizer,
-            length=data.length,
-            batch_size=data.batch_size,
-            max_windows=held_out.windows,
-        )
+                yield next(loader)
 
     def _first_state(self, trainable: Params, resumed: int | None) -> TrainState:
         if resumed is None:
@@ -315,7 +311,7 @@ class _Run:
         supervised_bytes = 0
         for rows in self.held_out_batches:
             supervised_bytes += int((rows["target_bytes"] * (rows["loss_mask"] > 0)).sum())
-            batch = self.programs.put(_own_rows(rows))
+            batch = self.programs.put_global(rows)
             means = self.programs.eval_step(params, self.teacher_params, batch)
             sums = progress.host_sum(sums, jax.device_get(means))
         bits = sums["cross_entropy"].total / math.log(2) / max(1, supervised_bytes)
@@ -379,11 +375,30 @@ class _Run:
     def nothing_left(self, step: int) -> Result:
         """The result of a run that was finished before."""
         self.step = step
-        self.say(f"{self.directory} is finished: {step} steps, student in {self.directory / 'student'}; nothing to do")
-        return self._result(self.directory / "student" if self.config.export != "none" else None)
+        student = self.directory / "student" if self.config.export != "none" else None
+        self.say(
+            f"{self.directory} is finished: {step} steps, student in {student or 'its checkpoints'}; nothing to do"
+        )
+        return self._result(student)
 
     def _result(self, student: Path | None) -> Result:
         return Result(self.directory, self.step, student, self.kept, self.held_out, dict(self.clock.parts))
+
+
+def held_out_batches(config: TrainConfig, tokenizer: Tokenizer) -> list[dict[str, np.ndarray]]:
+    """The batches of held-out text, the same on all processes; none without a path."""
+    held_out, data = config.held_out, config.data
+    if held_out.path is None:
+        return []
+    return eval_batches(
+        source_at(held_out.path, field=data.field),
+        tokenizer,
+        length=data.length,
+        batch_size=data.batch_size,
+        max_windows=held_out.windows,
+        # As the models see text in training: some read badly without the token that begins it.
+        prepend_bos=data.prepend_bos,
+    )
 
 
 def describe(config: ModelConfig) -> str:
@@ -410,13 +425,6 @@ def _git_revision() -> str | None:
     except OSError:
         return None  # no git here
     return git.stdout.strip() or None
-
-
-def _own_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """This process's part of a global batch."""
-    size = len(rows["tokens"]) // jax.process_count()
-    start = jax.process_index() * size
-    return {name: values[start : start + size] for name, values in rows.items()}
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -22,7 +22,7 @@ from jaxdistill.models.decoder import Execution, apply
 from jaxdistill.models.flops import forward_flops
 from jaxdistill.models.schema import init_params, param_shardings, take_layers
 from jaxdistill.prune.block_influence import block_influence_tap, most_influential
-from jaxdistill.sharding import Layout, make_mesh, put_batch
+from jaxdistill.sharding import Layout, make_mesh, put_batch, put_global_batch
 from jaxdistill.specs import ModelConfig
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
 from jaxdistill.tokenizers import Tokenizer, load_tokenizer
@@ -74,24 +74,32 @@ def open_teacher(config: TrainConfig, places: Places) -> Model | None:
     return open_model(config.teacher.path, layout=places.teacher, dtype=jnp.dtype(config.teacher.parameter_dtype))
 
 
-def make_student(config: TrainConfig, teacher: Model | None, places: Places, batches: Iterable[Batch]) -> Student:
+def make_student(
+    config: TrainConfig, teacher: Model | None, places: Places, rows: Iterable[Mapping[str, np.ndarray]]
+) -> Student:
     """The student at step 0: fresh, or (some layers of) a model on disk or the teacher.
 
-    batches: calibration batches for Block Influence; only read when layers are chosen by it.
+    rows: this process's part of calibration batches for Block Influence; only read when layers are chosen by it.
     """
     chosen = config.student
     if chosen.model is not None:
         params = init_params(chosen.model, jax.random.key(config.seed), places.student)
-        _, tokenizer = _fresh_vocabulary(chosen, teacher.tokenizer if teacher else None)
+        tokenizer = _fresh_tokenizer(chosen, teacher.tokenizer if teacher else None)
         return _partitioned(config, chosen.model, params, tokenizer, None)
-    source = _source(config, teacher, places)
+    source, layout = teacher, places.teacher
+    if chosen.path is not None:
+        source, layout = open_model(chosen.path, layout=places.student), places.student
+    assert source is not None, "TrainConfig.check requires a model"
     kept = chosen.keep or None
     if chosen.layers is not None:
-        influence = layer_influence(source, places.student, chosen.execution, batches)
+        vocab = source.config.vocab
+        batches = (put_batch(places.student, as_batch(each, vocab=vocab)) for each in rows)
+        influence = layer_influence(source, layout, chosen.execution, batches)
         kept = most_influential(influence, chosen.layers)
-    if kept is None:
-        return _partitioned(config, source.config, source.params, source.tokenizer, None)
-    shape, params = take_layers(source.config, source.params, kept)
+    shape, params = (source.config, source.params) if kept is None else take_layers(source.config, source.params, kept)
+    if chosen.path is None:
+        # The student's leaves are donated to the step: they must not be the teacher's own buffers.
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
     params = jax.device_put(params, param_shardings(shape, places.student))
     return _partitioned(config, shape, params, source.tokenizer, kept)
 
@@ -110,15 +118,6 @@ def layer_influence(model: Model, layout: Layout, execution: Execution, batches:
     return np.asarray(functools.reduce(lambda a, b: a + b, parts).value)
 
 
-def _source(config: TrainConfig, teacher: Model | None, places: Places) -> Model:
-    if config.student.path is not None:
-        return open_model(config.student.path, layout=places.student)
-    assert teacher is not None, "TrainConfig.check requires a model"
-    # The student's leaves are donated to the step: they must not be the teacher's own buffers.
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), teacher.params)
-    return dataclasses.replace(teacher, params=jax.device_put(params, param_shardings(teacher.config, places.student)))
-
-
 def _partitioned(
     config: TrainConfig, shape: ModelConfig, params: Params, tokenizer: Tokenizer, kept: tuple[int, ...] | None
 ) -> Student:
@@ -130,17 +129,24 @@ def _partitioned(
 
 
 def shared_tokenizer(config: TrainConfig) -> Tokenizer:
-    """The tokenizer that the text goes through. Refuses a teacher and a student whose ids do not mean the same tokens.
+    """The tokenizer that the text goes through. Refuses a teacher and a student whose ids do not mean the same tokens,
+    and rows longer than the context of one of them.
 
     Reads descriptions and tokenizers, no arrays.
     """
     teacher = student = None
     if config.teacher.path is not None:
-        teacher = open_config(config.teacher.path).vocab, load_tokenizer(config.teacher.path)
+        teacher = open_config(config.teacher.path), load_tokenizer(config.teacher.path)
     if config.student.path is not None:
-        student = open_config(config.student.path).vocab, load_tokenizer(config.student.path)
+        student = open_config(config.student.path), load_tokenizer(config.student.path)
     elif config.student.model is not None:
-        student = _fresh_vocabulary(config.student, teacher[1] if teacher else None)
+        student = config.student.model, _fresh_tokenizer(config.student, teacher[1] if teacher else None)
+    for name, model in (("teacher", teacher), ("student", student)):
+        if model and config.data.length > model[0].max_length:
+            raise ValueError(
+                f"data.length is {config.data.length} and the {name}'s context {model[0].max_length} tokens; "
+                f"use rows of at most {model[0].max_length}."
+            )
     if teacher and student:
         _check_same_tokens(teacher, student)
     chosen = teacher or student
@@ -148,7 +154,7 @@ def shared_tokenizer(config: TrainConfig) -> Tokenizer:
     return chosen[1]
 
 
-def _fresh_vocabulary(chosen: StudentConfig, teachers: Tokenizer | None) -> tuple[int, Tokenizer]:
+def _fresh_tokenizer(chosen: StudentConfig, teachers: Tokenizer | None) -> Tokenizer:
     tokenizer = load_tokenizer(chosen.tokenizer) if chosen.tokenizer else teachers
     assert tokenizer is not None, "TrainConfig.check requires a tokenizer"
     assert chosen.model is not None
@@ -157,14 +163,14 @@ def _fresh_vocabulary(chosen: StudentConfig, teachers: Tokenizer | None) -> tupl
             f"student.model.vocab is {chosen.model.vocab} and the tokenizer has {tokenizer.vocab_size} tokens; "
             f"give the model a vocabulary of at least {tokenizer.vocab_size}."
         )
-    return chosen.model.vocab, tokenizer
+    return tokenizer
 
 
-def _check_same_tokens(teacher: tuple[int, Tokenizer], student: tuple[int, Tokenizer]) -> None:
-    if teacher[0] != student[0]:
+def _check_same_tokens(teacher: tuple[ModelConfig, Tokenizer], student: tuple[ModelConfig, Tokenizer]) -> None:
+    if teacher[0].vocab != student[0].vocab:
         raise ValueError(
-            f"the teacher's vocabulary has {teacher[0]} ids and the student's {student[0]}; losses on scores need the "
-            "same ids. Start the student from the teacher, or from a model of its family."
+            f"the teacher's vocabulary has {teacher[0].vocab} ids and the student's {student[0].vocab}; losses on "
+            "scores need the same ids. Start the student from the teacher, or from a model of its family."
         )
     if teacher[1].fingerprint == student[1].fingerprint:
         return
@@ -186,7 +192,7 @@ class Programs:
         self.terms = config.losses
         self.held_out_terms = held_out_terms(teacher is not None)
         self.chunk = config.chunk or default_chunk(student.config.vocab // places.student.split("vocab"))
-        self._places = places
+        self._places, self._vocab = places, student.config.vocab
         forward = functools.partial(apply, student.config, layout=places.student, execution=config.student.execution)
         teach = None
         if teacher is not None:
@@ -240,13 +246,24 @@ class Programs:
 
     def put(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """This process's rows of a batch, on the devices."""
-        return put_rows(self._places, rows)
+        return put_batch(self._places.student, as_batch(rows, vocab=self._vocab))
+
+    def put_global(self, rows: Mapping[str, np.ndarray]) -> Batch:
+        """Rows that every process holds, on the devices."""
+        return put_global_batch(self._places.student, as_batch(rows, vocab=self._vocab))
 
 
-def put_rows(places: Places, rows: Mapping[str, np.ndarray]) -> Batch:
-    """This process's rows of a batch, on the devices."""
+def as_batch(rows: Mapping[str, np.ndarray], *, vocab: int) -> Batch:
+    """The fields as a `Batch`, still on the host. Refuses ids that the models lack: a look-up of one would silently be
+    nothing, or not a number."""
+    largest = max(int(rows["tokens"].max()), int(rows["targets"].max()))
+    if largest >= vocab:
+        raise ValueError(
+            f"the text has the token id {largest} and the models have {vocab} ids; the tokenizer has tokens that were "
+            "never given to the model. Use text (or a chat template) without them, or another tokenizer."
+        )
     fields: dict[str, Any] = dict(rows)
-    return put_batch(places.student, Batch(**fields))
+    return Batch(**fields)
 
 
 def held_out_terms(with_teacher: bool) -> dict[str, Term]:

@@ -36,6 +36,7 @@ from jaxdistill.train.config import (
     TrainConfig,
     batch_divisors,
 )
+from jaxdistill.train.setup import as_batch
 from jaxdistill.types import Batch, Tap
 
 
@@ -251,6 +252,40 @@ def test_vocabularies_that_differ_are_refused_before_models_are_read(files, tmp_
     student = student_of_zeros(tmp_path / "longer", load_tokenizer("bytes"), vocab=300)
     with pytest.raises(ValueError, match="264 ids and the student's 300"):
         run(files.config(tmp_path / "run", student=student))
+
+
+def test_rows_longer_than_a_models_context_are_refused_before_models_are_read(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "open_teacher", None)
+    data = DataConfig(path=str(files.text), length=TEACHER.max_length + 1, batch_size=8)
+    with pytest.raises(ValueError, match=r"data\.length is 2049 and the teacher's context 2048"):
+        run(files.config(tmp_path, data=data))
+
+
+def test_a_student_that_the_run_did_not_make_is_never_given_back_as_its_own(files, tmp_path):
+    (tmp_path / "student").mkdir()
+    with pytest.raises(ValueError, match="has no checkpoint of the run that made it"):
+        run(files.config(tmp_path, export="huggingface"))
+
+
+def test_held_out_text_is_read_as_the_text_of_training_is(files, tmp_path):
+    """From the same field, and with the begin token, so that a document's first byte is predicted too."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"body": "abc"}) + "\n")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": "some words to learn from"}) + "\n")
+    data = DataConfig(
+        path=str(tmp_path / "text.jsonl"), field="body", length=LENGTH, batch_size=8, prepend_bos=True, append_eos=False
+    )
+    config = files.config(tmp_path / "run", data=data, held_out=HeldOutConfig(path=str(held_out)))
+    tokenizer = load_tokenizer("bytes")
+    [batch] = loop.held_out_batches(config, tokenizer)
+    assert batch["targets"][batch["loss_mask"] > 0].tolist() == list(b"abc")
+    assert batch["tokens"][0, :3].tolist() == [tokenizer.special.bos, *b"ab"]
+
+
+def test_ids_that_the_models_lack_are_refused():
+    rows = {"tokens": np.array([[1, 4]]), "targets": np.array([[4, 5]])}
+    with pytest.raises(ValueError, match="token id 5 and the models have 5 ids"):
+        as_batch(rows, vocab=5)
 
 
 @pytest.mark.parametrize(
