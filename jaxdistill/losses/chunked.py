@@ -322,7 +322,7 @@ def _chunk_values(plan: _Plan, hidden: Array, head: Head, parameters: Any, chunk
     """Each term's value at each position of the chunk, 0 where it is not supervised."""
     axes = plan.places.vocab_axes
     mask = chunk["mask"]
-    student = Scores(_scores(head, _supervised(hidden, mask)), axes)
+    student = Scores(_supervised_gradient(_scores(head, _supervised(hidden, mask)), mask), axes)
     if fixed["teacher_head"] is None:
         teacher = Scores(jax.lax.stop_gradient(student.local), axes)
     else:
@@ -332,7 +332,7 @@ def _chunk_values(plan: _Plan, hidden: Array, head: Head, parameters: Any, chunk
     for name, term in plan.terms.items():
         values = term(student, teacher, at, parameters.get(name, {}))
         _check_values(name, values, mask, axes)
-        found[name] = values.astype(jnp.float32) * mask
+        found[name] = jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0)
     return found
 
 
@@ -366,6 +366,20 @@ _project.defvjp(lambda hidden, kernel: (_project(hidden, kernel), (hidden, kerne
 def _supervised(hidden: Array, mask: Array) -> Array:
     # Masking the input, not the result: 0 x inf would be NaN in the gradient.
     return jnp.where(mask[:, None] != 0, hidden, jnp.zeros((), hidden.dtype))
+
+
+@jax.custom_vjp
+def _supervised_gradient(scores: Float[Array, "position vocab_shard"], mask: Array) -> Array:
+    """The scores themselves, whose gradient is 0 where nothing is supervised: there student and teacher score alike,
+    and a term such as the root of a divergence has an infinite slope, of which 0 times would be NaN."""
+    return scores
+
+
+def _supervised_gradient_backward(mask, cotangent):
+    return jnp.where(mask[:, None] != 0, cotangent, 0.0), None
+
+
+_supervised_gradient.defvjp(lambda scores, mask: (scores, mask), _supervised_gradient_backward)
 
 
 def _check_values(name: str, values: Array, mask: Array, vocab_axes: tuple[str, ...]) -> None:

@@ -180,6 +180,32 @@ def test_poisoned_padding_reaches_neither_value_nor_gradient(poison, layout):
     assert np.all(np.asarray(gradients["hidden"])[x["mask"] == 0] == 0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hellinger(Term):
+    """A distance with an infinite slope where student and teacher agree, as they do at padding."""
+
+    def __call__(self, student, teacher, at, parameters):
+        return jnp.sqrt(student.sum((jnp.sqrt(student.probs()) - jnp.sqrt(teacher.probs())) ** 2))
+
+
+@pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
+def test_an_infinite_slope_at_padding_reaches_no_gradient(layout):
+    x = example(12)
+    x["bias"] = np.zeros_like(x["bias"])
+    (loss, _), gradients = evaluate({"hellinger": Hellinger()}, x, layout=LAYOUTS[layout]())
+    seen = x["mask"] > 0
+    p = jax.nn.softmax(x["teacher_hidden"][seen] @ x["teacher_kernel"].T)
+
+    def dropped(hidden, kernel):
+        q = jax.nn.softmax(hidden @ kernel.T)
+        return jnp.sqrt(((jnp.sqrt(q) - jnp.sqrt(p)) ** 2).sum(-1)).mean()
+
+    expected, (by_hidden, by_kernel) = jax.value_and_grad(dropped, argnums=(0, 1))(x["hidden"][seen], x["kernel"])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradients["hidden"][seen], by_hidden, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradients["kernel"], by_kernel, rtol=1e-4, atol=1e-6)
+
+
 def test_masking_a_position_is_dropping_it():
     x = example(4)
     x["mask"] = np.ones_like(x["mask"])
