@@ -52,7 +52,7 @@ $(BIN)/.installed-test: pyproject.toml | $(BIN)/python
 # The CPU build of torch is enough; installed first so that transformers takes it.
 $(BIN)/.installed-parity: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --editable ".[test,parity]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,parity,eval]"
 	touch $(BIN)/.installed $(BIN)/.installed-test $@
 
 clean:

@@ -134,6 +134,7 @@ def evaluate(models: dict[str, Any], paths: dict[str, Path], *, share: float) ->
     """Bits per byte, KL and agreement by domain, and multiple choice; a share of the full sizes."""
     from jaxdistill.evaluate.choice import multiple_choice, read_items
     from jaxdistill.evaluate.results import Evaluation
+    from jaxdistill.evaluate.scoring import Scoring
     from jaxdistill.evaluate.text import evaluate_text, excerpts
     from jaxdistill.jobs.stage import counted
 
@@ -147,7 +148,7 @@ def evaluate(models: dict[str, Any], paths: dict[str, Path], *, share: float) ->
     }
     items = read_items(paths["piqa"], prompt=PIQA_PROMPT, limit=math.ceil(share * PIQA_ITEMS))
     with counted("held-out text of six domains") as progress:
-        text = evaluate_text(models, chosen, teacher="teacher", progress=progress)
+        text = evaluate_text(models, chosen, teacher="teacher", scoring=Scoring(batch_size=4), progress=progress)
     choices = {}
     for name, model in models.items():
         with counted(f"{len(items)} PIQA questions, {name}") as progress:

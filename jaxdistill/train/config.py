@@ -66,6 +66,8 @@ class HeldOutConfig:
 
     path: str | None = None
     """Text as in DataConfig.path; None evaluates nothing."""
+    split: str = "test"
+    """The split, where `path` is a TFDS directory."""
     every: int = 100
     """Steps between evaluations. Every checkpoint is evaluated too, so that the best one is known."""
     windows: int = 64
@@ -145,8 +147,6 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.chunk is {self.chunk}; it must be at least 1, or None.")
         if not self.losses:
             raise ValueError("TrainConfig.losses is empty; give at least one term.")
-        if self.teacher.path is None and self.student.path is None and self.student.model is None:
-            return  # A recipe may leave the models to the command line; `check` refuses them when the run starts.
 
     def check(self) -> None:
         """Refuses what cannot run, before any device is touched."""
@@ -172,6 +172,8 @@ MAY_CHANGE = frozenset(
         "export",
         "export_dtype",
         "compilation_cache",
+        # The loader compares the data itself, by fingerprint.
+        "data.path",
     }
     | {"processes", "stop_after_skipped", "data.prefetch_batches"}
     | {f"{model}.{field}" for model in ("teacher", "student") for field in ("execution.remat", "rules")}
@@ -179,7 +181,7 @@ MAY_CHANGE = frozenset(
 """What a resume may give differently: nothing here changes what is computed, beyond rounding."""
 
 
-def batch_divisors(config: TrainConfig, devices: int) -> None:
+def batch_divisors(config: TrainConfig, devices: int, *, processes: int = 1) -> None:
     """Refuses a batch that the mesh and accumulation do not divide, with the nearest legal sizes."""
     sizes = config.mesh.sizes(devices)
     rows = sizes["data"] * sizes["fsdp"] * config.accumulate
@@ -189,6 +191,11 @@ def batch_divisors(config: TrainConfig, devices: int) -> None:
         raise ValueError(
             f"data.batch_size is {config.data.batch_size}, which data {sizes['data']} x fsdp {sizes['fsdp']} devices x "
             f"{config.accumulate} micro-batches (= {rows}) do not divide; the nearest legal sizes are {legal}."
+        )
+    if (sizes["data"] * sizes["fsdp"]) % processes:
+        raise ValueError(
+            f"data {sizes['data']} x fsdp {sizes['fsdp']} devices split the rows of a batch, which {processes} "
+            "processes do not divide; every process feeds rows of its own: give data or fsdp a multiple of them."
         )
     if config.data.length % sizes["sequence"]:
         raise ValueError(

@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> Result:
         progress.require_wandb()
     if config.processes == "automatic":
         jax.distributed.initialize()
-    batch_divisors(config, jax.device_count())
+    batch_divisors(config, jax.device_count(), processes=jax.process_count())
     enable_compilation_cache(config.compilation_cache)
     checkpoints = RunCheckpoints(Path(config.out) / "checkpoints", retention=config.checkpoints.retention)
     with contextlib.closing(checkpoints):
@@ -391,7 +391,7 @@ def held_out_batches(config: TrainConfig, tokenizer: Tokenizer) -> list[dict[str
     if held_out.path is None:
         return []
     return eval_batches(
-        source_at(held_out.path, field=data.field),
+        source_at(held_out.path, field=data.field, split=held_out.split),
         tokenizer,
         length=data.length,
         batch_size=data.batch_size,

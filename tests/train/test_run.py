@@ -312,6 +312,14 @@ def test_batches_that_the_mesh_does_not_divide(sizes, batch, accumulate, length,
         batch_divisors(config, 8)
 
 
+def test_rows_that_processes_cannot_share_are_refused():
+    config = TrainConfig(out="x", mesh=MeshConfig(fsdp=1, tensor=8))
+    with pytest.raises(
+        ValueError, match=r"data 1 x fsdp 1 devices split the rows of a batch, which 2"
+    ):
+        batch_divisors(config, 8, processes=2)
+
+
 def test_lines_of_metrics_and_descriptions(files, whole):
     lines = [line for line in metrics(whole) if "held_out" not in line]
     assert list(lines[0]) == [
