@@ -221,11 +221,11 @@ def duration(seconds: float) -> str:
 
 
 @functools.cache
-def matmul_rate(dtype: Any = jnp.float32, *, repeats: int = 3) -> float:
+def matmul_rate(dtype: Any = jnp.float32, *, repeats: int = 5) -> float:
     """FLOP/s of a large square product on one device, the best of a few: the floor that progress is compared with."""
     device = jax.local_devices()[0]
     # Large enough that an accelerator's launch time does not count, small enough for a laptop.
-    size = 1024 if device.platform == "cpu" else 8192
+    size = 2048 if device.platform == "cpu" else 8192
     x = jax.device_put(np.ones((size, size), np.float32), device).astype(dtype)
     product = jax.jit(jnp.dot)
     jax.block_until_ready(product(x, x))

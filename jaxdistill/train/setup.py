@@ -19,7 +19,7 @@ from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
 from jaxdistill.models.decoder import Execution, apply
-from jaxdistill.models.flops import forward_flops
+from jaxdistill.models.flops import forward_flops, training_flops
 from jaxdistill.models.schema import init_params, param_shardings, take_layers
 from jaxdistill.prune.block_influence import block_influence_tap, most_influential
 from jaxdistill.sharding import Layout, make_mesh, put_batch, put_global_batch
@@ -233,10 +233,10 @@ class Programs:
                 teacher_layout=places.teacher,
             )
         )
-        tokens = config.data.batch_size * config.data.length
         length = config.data.length
-        teacher_flops = forward_flops(teacher.config, length) if teacher else 0.0
-        self.flops_per_step = tokens * (teacher_flops + 3 * forward_flops(student.config, length))
+        flops = training_flops(student.config, length, frozen=partition.names(student.frozen))
+        flops += forward_flops(teacher.config, length) if teacher else 0.0
+        self.flops_per_step = config.data.batch_size * length * flops
 
     def expected_state(self) -> TrainState:
         """The state as shapes and shardings: what a checkpoint is restored into."""

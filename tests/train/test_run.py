@@ -314,9 +314,7 @@ def test_batches_that_the_mesh_does_not_divide(sizes, batch, accumulate, length,
 
 def test_rows_that_processes_cannot_share_are_refused():
     config = TrainConfig(out="x", mesh=MeshConfig(fsdp=1, tensor=8))
-    with pytest.raises(
-        ValueError, match=r"data 1 x fsdp 1 devices split the rows of a batch, which 2"
-    ):
+    with pytest.raises(ValueError, match=r"data 1 x fsdp 1 devices split the rows of a batch, which 2"):
         batch_divisors(config, 8, processes=2)
 
 
