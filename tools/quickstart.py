@@ -88,7 +88,7 @@ def convert(source: Path, target: Path) -> None:
 def plan(options: Quickstart, paths: dict[str, Path], *, spent: float) -> Any:
     """The recipe with this machine's paths, and as many of its steps as the time allows."""
     from jaxdistill.checkpoint.open import open_config
-    from jaxdistill.models.flops import forward_flops
+    from jaxdistill.models.flops import forward_flops, training_flops
     from jaxdistill.train.progress import matmul_rate
 
     config = runpy.run_path(str(RECIPE))["get_config"]()
@@ -102,10 +102,10 @@ def plan(options: Quickstart, paths: dict[str, Path], *, spent: float) -> Any:
     earlier = options.out / "train" / "config.json"
     if earlier.exists():  # a resumed run keeps the plan that it began with
         return dataclasses.replace(config, steps=json.loads(earlier.read_text())["steps"])
-    teacher = open_config(options.out / "teacher")
-    per_layer = 3 * forward_flops(teacher, config.data.length) / len(teacher.layers)
-    tokens = config.data.batch_size * config.data.length
-    flops = tokens * (forward_flops(teacher, config.data.length) + per_layer * config.student.layers)
+    teacher, length = open_config(options.out / "teacher"), config.data.length
+    student = teacher.keep_layers(tuple(range(config.student.layers)))
+    per_token = forward_flops(teacher, length) + training_flops(student, length, frozen=["embedding.kernel"])
+    flops = config.data.batch_size * length * per_token
     # What else there is to do (open, compile, evaluate, write) and how close to the bare products a step comes: both
     # measured with this recipe, see docs/log.md.
     rest = 30 + 75 * min(1.0, options.seconds / FULL_SECONDS)
