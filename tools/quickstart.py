@@ -106,8 +106,8 @@ def plan(options: Quickstart, paths: dict[str, Path], *, spent: float) -> Any:
     student = teacher.keep_layers(tuple(range(config.student.layers)))
     per_token = forward_flops(teacher, length) + training_flops(student, length, frozen=["embedding.kernel"])
     flops = config.data.batch_size * length * per_token
-    # What else there is to do (open, compile, evaluate, write) and how close to the bare products a step comes: both
-    # measured with this recipe, see docs/log.md.
+    # What else there is to do (open, compile, write; evaluate, for which 75 s is the goal), and how close to the bare
+    # products a step comes. Measured on a slow day: 30 s, 100 s and 0.7 to 0.8 (docs/log.md).
     rest = 30 + 75 * min(1.0, options.seconds / FULL_SECONDS)
     affordable = math.floor((options.seconds - spent - rest) * 0.7 * matmul_rate() / flops)
     steps = max(2, min(config.steps, affordable))
