@@ -121,7 +121,7 @@ class AdamW:
         rate = self.rate(steps)
         adam = optax.scale_by_adam(b1=self.first_decay, b2=self.second_decay, eps=self.epsilon)
         return optax.chain(
-            optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm),
+            optax.identity() if self.clip_norm is None else clip_by_norm(self.clip_norm),
             adam if self.state_dtype == "float32" else stored_as(adam, jnp.dtype(self.state_dtype)),
             optax.add_decayed_weights(self.weight_decay, mask=self._decayed),
             scale_by_step(lambda step: -rate(step)),
@@ -148,6 +148,18 @@ class Optax:
 
     def rate(self, steps: int) -> None:
         return None
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """Scales updates so that their global norm is at most `largest`: by one factor, which costs no memory (optax's
+    choice between two results keeps one of them). A norm that is known already comes as `gradient_norm=`."""
+
+    def update(updates, state, params=None, *, gradient_norm=None, **extra):
+        norm = optax.tree.norm(updates) if gradient_norm is None else gradient_norm
+        factor = jnp.minimum(1.0, largest / norm)
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def scale_by_step(factor: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:

@@ -117,11 +117,13 @@ def make_train_step(
         loss, means, grads = _accumulated(micro, batch, accumulate, layout)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+
+        def update(params, opt_state):
+            updates, opt_state = optimizer.update(grads, opt_state, params, step=state.step, gradient_norm=norm)
+            return optax.apply_updates(params, updates), opt_state
+
+        # A branch, and not a choice between two results: those would both have to exist.
+        params, opt_state = jax.lax.cond(finite, update, lambda *same: same, state.params, state.opt_state)
         skipped = 1 - finite.astype(jnp.int32)
         counts = jnp.stack([jnp.where(finite, 0, state.skipped[0] + 1), state.skipped[1] + skipped])
         metrics = {"loss": loss, "terms": means, "gradient_norm": norm, "skipped": skipped}

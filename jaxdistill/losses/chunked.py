@@ -31,6 +31,8 @@ from jaxdistill.types import Head, Mean, Outputs
 
 Totals = dict[str, Array]
 HEAD_AXES: Axes = ("vocab", "embed")
+SMALLEST_BLOCK = 1024
+"""Rows of the head whose gradient is added at once, at least: fewer make products too small to be fast."""
 
 
 def evaluate_terms(
@@ -246,8 +248,8 @@ def _scan_values(plan: _Plan, learned: Any, given: Any) -> tuple[Array, Totals]:
     fixed = _fixed(plan, given)
 
     def body(sums, chunk):
-        hidden = _vary(chunk.pop("hidden"), plan.places.vocab_axes)
-        found = _chunk_value(plan, hidden, head, parameters, chunk, fixed)
+        scores = _scores(head, _supervised(_vary(chunk["hidden"], plan.places.vocab_axes), chunk["mask"]))
+        found = _chunk_value(plan, scores, parameters, chunk, fixed)
         return jax.tree.map(jnp.add, sums, found), None
 
     sums, _ = jax.lax.scan(body, _zero_sums(plan), chunks)
@@ -259,7 +261,8 @@ def _scan_positions(plan: _Plan, learned: Any, given: Any) -> Totals:
     head, fixed = _spread_head(plan, learned["head"], hidden.dtype), _fixed(plan, given)
 
     def body(_, chunk):
-        return None, _chunk_values(plan, _vary(chunk.pop("hidden"), plan.places.vocab_axes), head, {}, chunk, fixed)
+        scores = _scores(head, _supervised(_vary(chunk["hidden"], plan.places.vocab_axes), chunk["mask"]))
+        return None, _chunk_values(plan, scores, {}, chunk, fixed)
 
     _, values = jax.lax.scan(body, None, _chunks(plan, hidden, given))
     rows, length = hidden.shape[:2]
@@ -279,19 +282,24 @@ def _scan_gradients(plan: _Plan, learned: Any, given: Any) -> tuple[tuple[Array,
     def body(carry, chunk):
         sums, head_sum, parameters_sum = carry
 
-        def value(hidden, head, parameters):
-            loss, totals = _chunk_value(plan, hidden, head, parameters, chunk, fixed)
+        def value(products, bias, parameters):
+            scores = _from_products(dataclasses.replace(head, bias=bias), products)
+            loss, totals = _chunk_value(plan, scores, parameters, chunk, fixed)
             return loss, (loss, totals)
 
-        hidden = chunk.pop("hidden")
-        loss, back, found = jax.vjp(value, hidden, head, parameters, has_aux=True)
-        hidden_part, head_part, parameters_part = back(jnp.ones_like(loss))
-        carry = (
-            jax.tree.map(jnp.add, sums, found),
-            jax.tree.map(lambda total, part: total + part.astype(total.dtype), head_sum, head_part),
-            jax.tree.map(jnp.add, parameters_sum, parameters_part),
+        hidden = _supervised(chunk["hidden"], chunk["mask"])
+        loss, back, found = jax.vjp(value, _products(head, hidden), head.bias, parameters, has_aux=True)
+        slope, bias_part, parameters_part = back(jnp.ones_like(loss))
+        # Multiplied in the activations' type, as forwards: float32 operands would run at a fraction of the rate.
+        slope = slope.astype(dtype)
+        head_sum = dataclasses.replace(
+            head_sum,
+            kernel=_add_product(head_sum.kernel, slope, hidden),
+            bias=jax.tree.map(jnp.add, head_sum.bias, bias_part),
         )
-        return carry, hidden_part
+        sums = jax.tree.map(jnp.add, sums, found)
+        parameters_sum = jax.tree.map(jnp.add, parameters_sum, parameters_part)
+        return (sums, head_sum, parameters_sum), slope @ head.kernel
 
     start = (_zero_sums(plan), _zeros(head), _zeros(parameters))
     (sums, head_sum, parameters_sum), hidden_parts = jax.lax.scan(body, start, _chunks(plan, hidden, given))
@@ -307,22 +315,20 @@ def _scan_gradients(plan: _Plan, learned: Any, given: Any) -> tuple[tuple[Array,
 # One chunk.
 
 
-def _chunk_value(plan: _Plan, hidden: Array, head: Head, parameters: Any, chunk: Any, fixed: Any) -> tuple[Array, Any]:
+def _chunk_value(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed: Any) -> tuple[Array, Any]:
     loss = _zero_sums(plan)[0]
-    totals = {
-        name: values.sum() for name, values in _chunk_values(plan, hidden, head, parameters, chunk, fixed).items()
-    }
+    totals = {name: values.sum() for name, values in _chunk_values(plan, scores, parameters, chunk, fixed).items()}
     for name, term in plan.terms.items():
         if callable(term.weight) or term.weight != 0:
             loss = loss + fixed["coefficients"][name] * totals[name]
     return loss, totals
 
 
-def _chunk_values(plan: _Plan, hidden: Array, head: Head, parameters: Any, chunk: Any, fixed: Any) -> Totals:
-    """Each term's value at each position of the chunk, 0 where it is not supervised."""
+def _chunk_values(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed: Any) -> Totals:
+    """Each term's value at each position of the chunk, 0 where it is not supervised. scores: the student's."""
     axes = plan.places.vocab_axes
     mask = chunk["mask"]
-    student = Scores(_supervised_gradient(_scores(head, _supervised(hidden, mask)), mask), axes)
+    student = Scores(_supervised_gradient(scores, mask), axes)
     if fixed["teacher_head"] is None:
         teacher = Scores(jax.lax.stop_gradient(student.local), axes)
     else:
@@ -337,30 +343,36 @@ def _chunk_values(plan: _Plan, hidden: Array, head: Head, parameters: Any, chunk
 
 
 def _scores(head: Head, hidden: Array) -> Float[Array, "position vocab_shard"]:
-    scores = _project(hidden, head.kernel)
-    if head.bias is not None:
-        scores = scores + head.bias
-    if head.soft_cap is not None:
-        scores = head.soft_cap * jnp.tanh(scores / head.soft_cap)
-    return scores
+    return _from_products(head, _products(head, hidden))
 
 
-@jax.custom_vjp
-def _project(hidden: Float[Array, "position embed"], kernel: Float[Array, "vocab embed"]) -> Float[Array, "..."]:
-    """hidden @ kernelᵀ summed in float32. Its gradient multiplies in the activations' type, as the forward does:
-    left to itself JAX would multiply float32 scores' cotangents with bfloat16 operands, at a fraction of the rate."""
-    return jax.lax.dot_general(hidden, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _products(head: Head, hidden: Array) -> Float[Array, "position vocab_shard"]:
+    """hidden @ kernelᵀ, summed in float32."""
+    return jax.lax.dot_general(hidden, head.kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _project_backward(saved, cotangent):
-    hidden, kernel = saved
-    cotangent = cotangent.astype(hidden.dtype)
-    hidden_part = jax.lax.dot_general(cotangent, kernel, (((1,), (0,)), ((), ())))
-    kernel_part = jax.lax.dot_general(cotangent, hidden, (((0,), (0,)), ((), ())))
-    return hidden_part.astype(hidden.dtype), kernel_part.astype(kernel.dtype)
+def _from_products(head: Head, products: Array) -> Float[Array, "position vocab_shard"]:
+    scores = products if head.bias is None else products + head.bias
+    return scores if head.soft_cap is None else head.soft_cap * jnp.tanh(scores / head.soft_cap)
 
 
-_project.defvjp(lambda hidden, kernel: (_project(hidden, kernel), (hidden, kernel)), _project_backward)
+def _add_product(
+    total: Float[Array, "vocab embed"], slope: Float[Array, "position vocab"], hidden: Float[Array, "position embed"]
+) -> Float[Array, "vocab embed"]:
+    """total + slopeᵀ @ hidden, in place: some rows of the vocabulary at a time, so that what is added needs no more
+    memory than the slope does and never becomes a second array of the head's size."""
+    vocab, embed = total.shape
+    rows = min(vocab, max(SMALLEST_BLOCK, slope.size // embed))
+
+    def add(total: Array, start: Any, size: int) -> Array:
+        columns = jax.lax.dynamic_slice_in_dim(slope, start, size, axis=1)
+        part = jax.lax.dot_general(columns, hidden, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        block = jax.lax.dynamic_slice_in_dim(total, start, size) + part
+        return jax.lax.dynamic_update_slice_in_dim(total, block, start, axis=0)
+
+    whole = vocab // rows
+    total = jax.lax.fori_loop(0, whole, lambda i, total: add(total, i * rows, rows), total)
+    return add(total, whole * rows, vocab % rows) if vocab % rows else total
 
 
 def _supervised(hidden: Array, mask: Array) -> Array:
@@ -433,7 +445,8 @@ def _spread_head(plan: _Plan, head: Head, dtype: Any) -> Head:
     for axis in reversed(places.embed_axes):
         to = "varying" if axis in places.token_axes else "invarying"
         kernel = jax.lax.all_gather(kernel, axis, axis=1, tiled=True, to=to)
-    return _vary(dataclasses.replace(head, kernel=kernel), places.token_axes)
+    bias = None if head.bias is None else head.bias.astype(jnp.float32)  # added to scores, which are float32
+    return _vary(dataclasses.replace(head, kernel=kernel, bias=bias), places.token_axes)
 
 
 def _vary(tree: Any, axes: tuple[str, ...]) -> Any:

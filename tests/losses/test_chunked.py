@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import LAYOUTS, assert_gradients_close
 
+from jaxdistill.losses import chunked
 from jaxdistill.losses.chunked import default_chunk, evaluate_terms, term_coefficients
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, TeacherCrossEntropy, Term, TopOneAgreement
 from jaxdistill.sharding import Layout
@@ -163,6 +164,16 @@ def test_the_chunk_size_changes_nothing(chunk):
     (loss, _), gradients = evaluate(terms, x, chunk=chunk)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert_gradients_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
+def test_the_heads_gradient_is_added_in_blocks_that_need_not_divide_the_vocabulary(layout, monkeypatch):
+    x = example(13)
+    (_, _), expected = evaluate({"kl": ForwardKL()}, x)
+    monkeypatch.setattr(chunked, "SMALLEST_BLOCK", 1)
+    (_, _), gradients = evaluate({"kl": ForwardKL()}, x, layout=LAYOUTS[layout](), chunk=5)
+    assert VOCAB % (5 * VOCAB // EMBED)  # 20 rows a block, or 10 of 32 on two devices
+    assert_gradients_close(gradients, expected)
 
 
 @pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
