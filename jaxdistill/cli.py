@@ -178,6 +178,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     chat: bool = False,
+    prepend_bos: bool = False,
     activations: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Continue a prompt.
@@ -191,6 +192,7 @@ def generate(
         top_k: Sample among this many most probable tokens.
         seed: Of the sampling; equal seeds give equal text.
         chat: Put the prompt into the model's chat template.
+        prepend_bos: Begin the prompt with the beginning-of-sequence token, as Llama's and Gemma's training text does.
         activations: The precision of activations.
     """
     from jaxdistill.generate import Sampling
@@ -198,7 +200,14 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     text = generate_text(
-        model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, chat=chat, activations=activations
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        chat=chat,
+        prepend_bos=prepend_bos,
+        activations=activations,
     )
     print(text)
 

@@ -50,14 +50,14 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+def _environment(date: datetime.date) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """Jinja as published chat templates expect it; sandboxed, since a template comes with a downloaded model."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["strftime_now"] = date.strftime
     return environment
 
 
@@ -66,9 +66,12 @@ class ChatFormat:
 
     A message is {"role": ..., "content": ...} plus whatever the template reads. Ids equal those of transformers'
     `apply_chat_template`: the rendered text is tokenized with its special tokens and nothing is added.
+
+    date: what a template that writes the current date writes (None: today's). Data to train on wants a fixed one, so
+    that it is the same data on another day.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, date: datetime.date | None = None):
         if tokenizer.chat_template is None:
             raise ChatTemplateError(
                 "the tokenizer has no chat template, which conversations need. Use the tokenizer of an "
@@ -78,7 +81,7 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._marked = bool(_GENERATION_TAG.search(tokenizer.chat_template))
         try:
-            self._template = _environment().from_string(tokenizer.chat_template)
+            self._template = _environment(date or datetime.date.today()).from_string(tokenizer.chat_template)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(
                 f"the chat template is not valid Jinja: {error.message}, line {error.lineno}."

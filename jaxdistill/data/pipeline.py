@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import weakref
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from jaxdistill.data.paths import source_at
 from jaxdistill.data.shards import DocumentStreams, RowSettings, VirtualShard
 from jaxdistill.data.sources import ArrayRecord, Concatenated, JsonLines, Parquet, PlainText
 from jaxdistill.data.tfds_source import Tfds, TfdsDirectory
-from jaxdistill.data.tokenize import DocumentTokenizer
+from jaxdistill.data.tokenize import TEMPLATE_DATE, DocumentTokenizer
 from jaxdistill.tokenizers.base import Tokenizer
 
 AnySource = JsonLines | PlainText | Parquet | ArrayRecord | Concatenated | Tfds | TfdsDirectory
@@ -61,6 +62,8 @@ class DataConfig:
     """End plain documents and completions with the end-of-sequence token. None: if the tokenizer has one."""
     prepend_bos: bool = False
     """Begin plain documents and prompts with the beginning-of-sequence token."""
+    template_date: str = TEMPLATE_DATE.isoformat()
+    """The day (YYYY-MM-DD) that chat templates are told it is, where they write the current date."""
     pack: bool = True
     """Put several documents into a row, each its own segment."""
     open_rows: int = 4
@@ -80,6 +83,12 @@ class DataConfig:
             raise ValueError(
                 f"DataConfig.long_documents is {self.long_documents!r}; use 'split', 'truncate' or 'drop'."
             )
+        try:
+            datetime.date.fromisoformat(self.template_date)
+        except ValueError:
+            raise ValueError(
+                f"DataConfig.template_date is {self.template_date!r}; give a day as YYYY-MM-DD."
+            ) from None
         if self.virtual_shards is not None and (self.virtual_shards < 1 or self.batch_size % self.virtual_shards):
             raise ValueError(
                 f"DataConfig.virtual_shards is {self.virtual_shards}, which does not divide batch_size "
@@ -122,7 +131,12 @@ def make_loader(config: DataConfig, tokenizer: Tokenizer, *, process_index: int 
     else:
         raise ValueError("no data: give DataConfig.path (a file or directory) or DataConfig.sources.")
     append_eos = tokenizer.special.eos is not None if config.append_eos is None else config.append_eos
-    tokenize = DocumentTokenizer(tokenizer, prepend_bos=config.prepend_bos, append_eos=append_eos)
+    tokenize = DocumentTokenizer(
+        tokenizer,
+        prepend_bos=config.prepend_bos,
+        append_eos=append_eos,
+        date=datetime.date.fromisoformat(config.template_date),
+    )
     opened = [(part.source.open(), part.source.field) for part in mixture]
     streams = DocumentStreams(opened, [part.weight for part in mixture], virtual_shards=config.shards, seed=config.seed)
     settings = RowSettings(
@@ -133,7 +147,7 @@ def make_loader(config: DataConfig, tokenizer: Tokenizer, *, process_index: int 
         VirtualShard(index, streams, tokenize, settings)
         for index in range(process_index * share, (process_index + 1) * share)
     ]
-    decided = ("length", "batch_size", "seed", "long_documents", "prepend_bos", "pack", "open_rows")
+    decided = ("length", "batch_size", "seed", "long_documents", "prepend_bos", "template_date", "pack", "open_rows")
     fingerprint = {name: getattr(config, name) for name in decided} | {
         "virtual_shards": config.shards,
         "append_eos": append_eos,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 from collections.abc import Sequence
@@ -12,6 +13,10 @@ import numpy as np
 from jaxdistill.data.chat import ChatFormat, check_messages
 from jaxdistill.data.sources import CONVERSATION, PAIR, DataError, Record
 from jaxdistill.tokenizers.base import Encoding, Tokenizer
+
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+"""What data says where a chat template asks for today's date: one day for ever, so that the same file is the same data
+whenever it is read. It is the one that Llama 3.1's template writes where it cannot ask."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +40,12 @@ class DocumentTokenizer:
 
     prepend_bos, append_eos: added around plain documents and pairs (a chat template writes its own); the final
     end-of-sequence token is supervised. Texts are encoded as text: strings that look like special tokens are not.
+    date: the day that chat templates are told it is.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, prepend_bos: bool, append_eos: bool):
+    def __init__(
+        self, tokenizer: Tokenizer, *, prepend_bos: bool, append_eos: bool, date: datetime.date = TEMPLATE_DATE
+    ):
         for wanted, role, token in (
             (prepend_bos, "prepend_bos", tokenizer.special.bos),
             (append_eos, "append_eos", tokenizer.special.eos),
@@ -47,10 +55,11 @@ class DocumentTokenizer:
         self.tokenizer = tokenizer
         self._bos = tokenizer.special.bos if prepend_bos else None
         self._eos = tokenizer.special.eos if append_eos else None
+        self._date = date
 
     @functools.cached_property
     def chat(self) -> ChatFormat:
-        return ChatFormat(self.tokenizer)
+        return ChatFormat(self.tokenizer, date=self._date)
 
     def __call__(self, records: Sequence[Record], fields: Sequence[str]) -> list[Tokenized]:
         """Each record as a document, in order; `fields[i]` is where record i keeps plain text."""

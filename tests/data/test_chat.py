@@ -1,5 +1,6 @@
 """Conversations: rendered text, ids and loss masks written out by hand, and what cannot be supervised."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -110,6 +111,12 @@ def test_what_published_templates_use_is_there():
     text = ChatFormat(ByteTokenizer(chat_template=template)).render([{"role": "user", "content": "é<"}] * 2)
     # A block takes the line end after it and the spaces before it.
     assert text == '{"role": "user", "content": "é<"}20x'
+
+
+def test_a_template_that_writes_the_date_writes_the_given_one():
+    tokenizer = ByteTokenizer(chat_template="{{ strftime_now('%d %b %Y') }}")
+    assert ChatFormat(tokenizer, date=datetime.date(2025, 3, 9)).render(TWO_TURNS) == "09 Mar 2025"
+    assert ChatFormat(tokenizer).render(TWO_TURNS) == datetime.date.today().strftime("%d %b %Y")
 
 
 def test_templates_are_sandboxed():

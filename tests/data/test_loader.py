@@ -1,6 +1,7 @@
 """Process counts, resumes, mixtures and refusals of the loader, on small files and bytes as tokens."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import shutil
@@ -219,6 +220,28 @@ def test_the_same_data_elsewhere_has_the_same_fingerprint(corpus, tmp_path):
     (loader,) = loaders(config_for(corpus), 1)
     (moved,) = loaders(config_for(str(copy)), 1)
     moved.restore(loader.state())
+
+
+def test_a_template_that_writes_the_date_makes_the_same_data_on_any_day(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    dated = ByteTokenizer(
+        chat_template="{% for m in messages %}{% if m.role == 'user' %}{{ strftime_now('%d %b %Y') }}{{ m.content }}"
+        "{% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+
+    def text(config):
+        return bytes(t for t in next(make_loader(config, dated))["tokens"].reshape(-1) if 0 < t < 256).decode()
+
+    given = config_for(str(path), length=32, batch_size=1, template_date="2025-03-09")
+    assert text(given).startswith("09 Mar 2025HiYe")
+    standard = dataclasses.replace(given, template_date=DataConfig.template_date)
+    assert text(standard).startswith("26 Jul 2024HiYe")
+    with pytest.raises(ValueError, match="template_date"):
+        make_loader(given, dated).restore(make_loader(standard, dated).state())
+    with pytest.raises(ValueError, match="'9 March'; give a day as YYYY-MM-DD"):
+        dataclasses.replace(given, template_date="9 March")
 
 
 def test_a_fault_in_the_data_reaches_the_consumer_each_time(tmp_path):

@@ -79,6 +79,18 @@ def test_generate_continues_the_prompt(saved, capsys):
     assert printed == model.tokenizer.decode(ids + made) + "\n"
 
 
+def test_generate_begins_with_the_token_that_texts_begin_with_if_asked(saved, capsys):
+    model = open_model(saved / "large")
+    bos = model.tokenizer.special.bos
+    for prompt, flags in (("Once upon", ["--prepend-bos"]), ("", [])):
+        ids = list(prompt.encode())
+        [made] = generate(
+            model.config, model.params, [[bos, *ids]], max_new_tokens=5, temperature=0.0, stop=model.tokenizer.special.stop
+        )
+        printed = run(capsys, "generate", saved / "large", f"--prompt={prompt}", "--max-new-tokens", 5, *flags)
+        assert printed == model.tokenizer.decode(ids + made) + "\n"
+
+
 def test_evaluate_prints_one_table_and_writes_the_numbers(saved, tmp_path, capsys):
     (tmp_path / "prose.txt").write_text("It was a bright cold day in April.\n")
     (tmp_path / "items.jsonl").write_text(
