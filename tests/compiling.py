@@ -1,11 +1,13 @@
-"""Compiling less than usual, for tests in which compiling is the cost."""
+"""Compiling less than usual, for tests in which compiling is the cost; and reading what was compiled."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -17,3 +19,38 @@ def unoptimised() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def collectives_in_loops(program: str) -> list[tuple[str, int]]:
+    """(kind, largest result in elements) of every collective that runs inside a while loop of a compiled program."""
+    computations: dict[str, list[str]] = {}
+    name = None
+    for line in program.splitlines():
+        if (header := re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)) is not None:
+            name = header.group(1)
+            computations[name] = []
+        elif name is not None:
+            computations[name].append(line)
+    inside: set[str] = set()
+    todo = [
+        m.group(1) for lines in computations.values() for line in lines for m in re.finditer(r"body=%?([\w.\-]+)", line)
+    ]
+    while todo:
+        if (current := todo.pop()) in inside:
+            continue
+        inside.add(current)
+        for line in computations.get(current, []):
+            todo += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line)
+    found = []
+    for computation in inside:
+        for line in computations.get(computation, []):
+            if (match := COLLECTIVE.search(line)) is not None:
+                sizes = [
+                    int(np.prod([int(n) for n in dims.split(",") if n]))
+                    for dims in re.findall(r"\[([\d,]*)\]", match.group(1))
+                ]
+                found.append((match.group(2), max(sizes, default=1)))
+    return found

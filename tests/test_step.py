@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import collectives_in_loops
 from tiny import LAYOUTS, assert_gradients_close, llama, packed_batch
 from tiny import params as tiny_params
 
@@ -22,7 +23,14 @@ from jaxdistill.sharding import DEFAULT_RULES, Layout, put_batch
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
 from jaxdistill.types import Batch
 
-STUDENT, TEACHER = llama(layers=2), llama(layers=3, embed=24, mlp=40, tied=False)
+
+
+def models(vocab: int):
+    """Student and teacher."""
+    return llama(layers=2, vocab=vocab), llama(layers=3, embed=24, mlp=40, tied=False, vocab=vocab)
+
+
+STUDENT, TEACHER = models(64)
 TERMS = {"kl": ForwardKL(temperature=2.0), "cross_entropy": CrossEntropy(weight=0.2)}
 
 
@@ -35,12 +43,14 @@ class Setting:
     chunk: int = 128
     execution: Execution = Execution()
     teacher_rules: dict = dataclasses.field(default_factory=dict)
+    vocab: int = 64
 
 
 @functools.cache
-def initial_values():
+def initial_values(vocab: int):
     """Student and teacher; the teacher's scores are large, so that the two disagree."""
-    return jax.tree.map(np.asarray, (tiny_params(STUDENT, 0), tiny_params(TEACHER, 1, head_scale=3.0)))
+    student, teacher = models(vocab)
+    return jax.tree.map(np.asarray, (tiny_params(student, 0), tiny_params(teacher, 1, head_scale=3.0)))
 
 
 def prepare(setting: Setting, optimizer=None, *, terms=TERMS, trainable=lambda name: True):
@@ -49,19 +59,25 @@ def prepare(setting: Setting, optimizer=None, *, terms=TERMS, trainable=lambda n
     layout = LAYOUTS[setting.layout]()
     teacher_layout = Layout(layout.mesh, DEFAULT_RULES.replace(**setting.teacher_rules))
     key = jax.random.key(0)
-    student, teacher = (jax.tree.map(jnp.array, p) for p in initial_values())
-    teacher = jax.device_put(teacher, param_shardings(TEACHER, teacher_layout))
-    student = jax.device_put(student, param_shardings(STUDENT, layout))
+    shape, teacher_shape = models(setting.vocab)
+    student, teacher = (jax.tree.map(jnp.array, p) for p in initial_values(setting.vocab))
+    teacher = jax.device_put(teacher, param_shardings(teacher_shape, teacher_layout))
+    student = jax.device_put(student, param_shardings(shape, layout))
     student, frozen = partition.split(student, trainable)
-    places, _ = partition.split(param_shardings(STUDENT, layout), trainable)
+    places, _ = partition.split(param_shardings(shape, layout), trainable)
     start = functools.partial(
-        init_state, terms=terms, optimizer=optimizer, key=key, student_embed=STUDENT.embed, teacher_embed=TEACHER.embed
+        init_state,
+        terms=terms,
+        optimizer=optimizer,
+        key=key,
+        student_embed=shape.embed,
+        teacher_embed=teacher_shape.embed,
     )
     shardings = state_shardings(jax.eval_shape(start, student), places, layout, optimizer)
     state = jax.jit(start, out_shardings=shardings)(student)
     step = make_train_step(
-        functools.partial(apply, STUDENT, layout=layout, execution=setting.execution),
-        functools.partial(apply, TEACHER, layout=teacher_layout),
+        functools.partial(apply, shape, layout=layout, execution=setting.execution),
+        functools.partial(apply, teacher_shape, layout=teacher_layout),
         terms,
         optimizer,
         chunk=setting.chunk,
@@ -132,6 +148,22 @@ def test_equal_settings_have_equal_gradients_and_trajectories(name):
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=4e-7), gradients, expected_gradients
             )
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_a_vocabulary_that_the_mesh_does_not_divide_has_the_same_gradients():
+    expected = first_gradients(Setting(vocab=67))
+    gradients = first_gradients(Setting(layout="fsdp 4 x tensor 2", vocab=67))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=4e-7), gradients, expected)
+
+
+@pytest.mark.parametrize("layout", ["fsdp 8", "fsdp 4 x tensor 2"])
+def test_no_collective_of_head_size_runs_inside_a_loop_of_the_whole_step(layout):
+    vocab = 4096  # larger than a layer's kernel or its activations here
+    step, state, frozen, teacher, place = prepare(Setting(layout=layout, vocab=vocab, chunk=8))
+    batch = put_batch(place, jax.tree.map(np.asarray, packed_batch()))
+    inside = collectives_in_loops(step.lower(state, frozen, teacher, batch).compile().as_text())
+    assert inside, "layers gather their parameters in the loop over layers: the search is broken"
+    assert all(size < vocab for _, size in inside), inside
 
 
 def test_equal_settings_follow_one_trajectory_with_adam():

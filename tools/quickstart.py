@@ -26,6 +26,12 @@ FULL_SECONDS = 300.0
 DOMAIN_BYTES = 8_200
 """Of each of the six held-out domains, about 2,000 tokens."""
 PIQA_ITEMS = 100
+EVALUATED_TOKENS = 18_500
+"""Of that text, and of both answers to those questions."""
+EFFICIENCY = 0.6
+"""What a step and an evaluation do of their floating-point operations at the matmul rate (docs/log.md)."""
+OTHER_SECONDS = 35
+"""To open, rank layers, compile, write and sample."""
 PIQA_PROMPT = "Question: {question}\nAnswer:"
 
 
@@ -60,7 +66,7 @@ def main(options: Quickstart) -> None:
         return  # stopped by a signal; the run has said so
     with clock.measure("evaluate"):
         models = open_models(options.out / "teacher", result)
-        evaluation = evaluate(models, paths, share=min(1.0, options.seconds / FULL_SECONDS))
+        evaluation = evaluate(models, paths, share=share(options))
     print(f"\n{evaluation.table()}\n\n{verdict(evaluation)}\n")
     with clock.measure("sample"):
         samples = sample(models)
@@ -104,16 +110,19 @@ def plan(options: Quickstart, paths: dict[str, Path], *, spent: float) -> Any:
         return dataclasses.replace(config, steps=json.loads(earlier.read_text())["steps"])
     teacher, length = open_config(options.out / "teacher"), config.data.length
     student = teacher.keep_layers(tuple(range(config.student.layers)))
-    per_token = forward_flops(teacher, length) + training_flops(student, length, frozen=["embedding.kernel"])
-    flops = config.data.batch_size * length * per_token
-    # What else there is to do (open, compile, write; evaluate, for which 75 s is the goal), and how close to the bare
-    # products a step comes. Measured on a slow day: 30 s, 100 s and 0.7 to 0.8 (docs/log.md).
-    rest = 30 + 75 * min(1.0, options.seconds / FULL_SECONDS)
-    affordable = math.floor((options.seconds - spent - rest) * 0.7 * matmul_rate() / flops)
-    steps = max(2, min(config.steps, affordable))
+    forward = forward_flops(teacher, length)
+    step = config.data.batch_size * length * (forward + training_flops(student, length, frozen=["embedding.kernel"]))
+    evaluation = share(options) * EVALUATED_TOKENS * (forward + 2 * forward_flops(student, length))
+    flops = (options.seconds - spent - OTHER_SECONDS) * EFFICIENCY * matmul_rate() - evaluation
+    steps = max(2, min(config.steps, math.floor(flops / step)))
     if steps < config.steps:
         print(f"{steps} of the recipe's {config.steps} steps fit into {options.seconds:.0f} s on this machine")
     return dataclasses.replace(config, steps=steps)
+
+
+def share(options: Quickstart) -> float:
+    """How much of the full evaluation the time allows."""
+    return min(1.0, options.seconds / FULL_SECONDS)
 
 
 def open_models(teacher: Path, result: Any) -> dict[str, Any]:

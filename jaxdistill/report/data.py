@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.open import open_config
 from jaxdistill.formats.paths import local_path
 from jaxdistill.models.schema import count_parameters
@@ -172,7 +173,7 @@ def _models(directory: Path, config: Mapping[str, Any]) -> Iterator[ModelFacts]:
         for place in (candidate for candidate in candidates if candidate.exists()):
             try:
                 shape = open_config(place)
-            except ValueError:
+            except (ValueError, CheckpointError):
                 continue  # another program's files: the page says nothing about them
             size = place.stat().st_size if place.is_file() else sum(f.stat().st_size for f in place.rglob("*"))
             yield ModelFacts(

@@ -32,7 +32,7 @@ from jaxdistill.models.schema import count_parameters
 from jaxdistill.specs import ModelConfig
 from jaxdistill.tokenizers import Tokenizer
 from jaxdistill.train import progress
-from jaxdistill.train.config import MAY_CHANGE, TrainConfig, as_document, batch_divisors
+from jaxdistill.train.config import MAY_CHANGE, StudentConfig, TrainConfig, as_document, batch_divisors
 from jaxdistill.train.setup import (
     Places,
     Programs,
@@ -172,6 +172,8 @@ class _Run:
             self.say(f"teacher: {describe(teacher)}")
         kept = f", layers {_ranges(self.kept)} of the original" if self.kept else ""
         self.say(f"student: {describe(self.student.config)}{kept}")
+        if teacher is not None and self.kept is None and self.config.student == StudentConfig():
+            self.say("the student is the whole teacher; student.layers, keep, path and model make another one")
         self.say(
             f"{self.config.steps} steps of {self.config.data.batch_size} x {self.config.data.length} tokens on "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
@@ -362,6 +364,8 @@ class _Run:
         config, params, tokenizer = self.student.config, self._student_params(), self.student.tokenizer
         if self.config.export == "huggingface" and not config.homogeneous:
             self.say("the student's layers differ, which Hugging Face's format cannot hold; writing jaxdistill's")
+        elif self.config.export == "huggingface" and jax.process_count() > 1:
+            self.say("several processes write jaxdistill's format; `jaxdistill convert` makes Hugging Face's of it")
         if self.config.export == "jaxdistill" or jax.process_count() > 1 or not config.homogeneous:
             save_model(target, config, params, write_tokenizer=tokenizer.save)
         else:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import collectives_in_loops
 from tiny import LAYOUTS, assert_gradients_close
 
 from jaxdistill.losses import chunked
@@ -357,41 +357,6 @@ def test_no_array_of_all_positions_by_vocabulary_exists():
     sizes = [int(np.prod(s)) for s in shapes_in(jaxpr.jaxpr) if VOCAB in s]
     assert 6 * VOCAB in sizes, "the chunk's scores should be in the program: the search is broken"
     assert max(sizes) <= VOCAB * EMBED, "only the head may be larger than a chunk of scores"
-
-
-COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-
-
-def collectives_in_loops(program: str) -> list[tuple[str, int]]:
-    """(kind, largest result in elements) of every collective that runs inside a while loop of a compiled program."""
-    computations: dict[str, list[str]] = {}
-    name = None
-    for line in program.splitlines():
-        if (header := re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)) is not None:
-            name = header.group(1)
-            computations[name] = []
-        elif name is not None:
-            computations[name].append(line)
-    inside: set[str] = set()
-    todo = [
-        m.group(1) for lines in computations.values() for line in lines for m in re.finditer(r"body=%?([\w.\-]+)", line)
-    ]
-    while todo:
-        if (current := todo.pop()) in inside:
-            continue
-        inside.add(current)
-        for line in computations.get(current, []):
-            todo += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line)
-    found = []
-    for computation in inside:
-        for line in computations.get(computation, []):
-            if (match := COLLECTIVE.search(line)) is not None:
-                sizes = [
-                    int(np.prod([int(n) for n in dims.split(",") if n]))
-                    for dims in re.findall(r"\[([\d,]*)\]", match.group(1))
-                ]
-                found.append((match.group(2), max(sizes, default=1)))
-    return found
 
 
 @pytest.mark.parametrize("layout", ["fsdp 8", "fsdp 4 x tensor 2"])
