@@ -24,7 +24,6 @@ from jaxdistill.step import init_state, make_eval_step, make_train_step, state_s
 from jaxdistill.types import Batch
 
 
-
 def models(vocab: int):
     """Student and teacher."""
     return llama(layers=2, vocab=vocab), llama(layers=3, embed=24, mlp=40, tied=False, vocab=vocab)

@@ -86,9 +86,7 @@ class DataConfig:
         try:
             datetime.date.fromisoformat(self.template_date)
         except ValueError:
-            raise ValueError(
-                f"DataConfig.template_date is {self.template_date!r}; give a day as YYYY-MM-DD."
-            ) from None
+            raise ValueError(f"DataConfig.template_date is {self.template_date!r}; give a day as YYYY-MM-DD.") from None
         if self.virtual_shards is not None and (self.virtual_shards < 1 or self.batch_size % self.virtual_shards):
             raise ValueError(
                 f"DataConfig.virtual_shards is {self.virtual_shards}, which does not divide batch_size "

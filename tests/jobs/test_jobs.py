@@ -85,7 +85,12 @@ def test_generate_begins_with_the_token_that_texts_begin_with_if_asked(saved, ca
     for prompt, flags in (("Once upon", ["--prepend-bos"]), ("", [])):
         ids = list(prompt.encode())
         [made] = generate(
-            model.config, model.params, [[bos, *ids]], max_new_tokens=5, temperature=0.0, stop=model.tokenizer.special.stop
+            model.config,
+            model.params,
+            [[bos, *ids]],
+            max_new_tokens=5,
+            temperature=0.0,
+            stop=model.tokenizer.special.stop,
         )
         printed = run(capsys, "generate", saved / "large", f"--prompt={prompt}", "--max-new-tokens", 5, *flags)
         assert printed == model.tokenizer.decode(ids + made) + "\n"
