@@ -81,13 +81,12 @@ def test_generate_continues_the_prompt(saved, capsys):
 
 def test_generate_begins_with_the_token_that_texts_begin_with_if_asked(saved, capsys):
     model = open_model(saved / "large")
-    bos = model.tokenizer.special.bos
     for prompt, flags in (("Once upon", ["--prepend-bos"]), ("", [])):
         ids = list(prompt.encode())
         [made] = generate(
             model.config,
             model.params,
-            [[bos, *ids]],
+            [[model.tokenizer.special.bos, *ids]],
             max_new_tokens=5,
             temperature=0.0,
             stop=model.tokenizer.special.stop,
