@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
+
+WIDTH_AXES = ("kv_heads", "heads", "mlp")
+"""Axes of a layer's parameters that pruning may cut; the fields of its spec that hold their sizes have these names."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
@@ -71,6 +75,21 @@ class LayerSpec:
 
     mixer: Attention
     ffn: GatedMLP
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The sizes of this layer's own axes that pruning may cut, by axis name."""
+        parts = (dataclasses.asdict(part) for part in (self.mixer, self.ffn))
+        return {name: size for part in parts for name, size in part.items() if name in WIDTH_AXES}
+
+    def with_widths(self, widths: Mapping[str, int]) -> LayerSpec:
+        """This layer with other sizes of those axes."""
+
+        def resized(part: Any) -> Any:
+            names = {field.name for field in dataclasses.fields(part)}
+            return dataclasses.replace(part, **{name: size for name, size in widths.items() if name in names})
+
+        return dataclasses.replace(self, mixer=resized(self.mixer), ffn=resized(self.ffn))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

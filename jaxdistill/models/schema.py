@@ -107,7 +107,7 @@ def segment_bounds(config: ModelConfig) -> tuple[tuple[int, int], ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _stacked(config: ModelConfig) -> dict[Path, StackedSpec]:
+def stacked_schema(config: ModelConfig) -> dict[Path, StackedSpec]:
     """Every leaf of the stacked tree by its path."""
     members: dict[Path, list[str]] = {}
     for name in _schema(config):
@@ -118,7 +118,8 @@ def _stacked(config: ModelConfig) -> dict[Path, StackedSpec]:
     }
 
 
-def _nested(leaves: Mapping[Path, Any]) -> Params:
+def nested(leaves: Mapping[Path, Any]) -> Params:
+    """The tree with these leaves."""
     tree: Params = {}
     for path, leaf in leaves.items():
         node = tree
@@ -128,7 +129,8 @@ def _nested(leaves: Mapping[Path, Any]) -> Params:
     return tree
 
 
-def _leaf(params: Params, path: Path) -> Any:
+def leaf_at(params: Params, path: Path) -> Any:
+    """The leaf of the tree at a path."""
     for key in path:
         params = params[key]
     return params
@@ -136,12 +138,12 @@ def _leaf(params: Params, path: Path) -> Any:
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """The stacked tree as shapes and dtypes, without values."""
-    return _nested({path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in _stacked(config).items()})
+    return nested({path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in stacked_schema(config).items()})
 
 
 def param_axes(config: ModelConfig) -> Params:
     """The stacked tree of axis names; stacked leaves lead with "layers"."""
-    return _nested({path: leaf.axes for path, leaf in _stacked(config).items()})
+    return nested({path: leaf.axes for path, leaf in stacked_schema(config).items()})
 
 
 def param_shardings(config: ModelConfig, layout: Layout) -> Params:
@@ -154,7 +156,7 @@ def param_shardings(config: ModelConfig, layout: Layout) -> Params:
         axes = leaf.axes if len(leaf.spec.axes) > 1 else (None,) * len(leaf.axes)
         return layout.sharding(axes, leaf.shape)
 
-    return _nested({path: place(leaf) for path, leaf in _stacked(config).items()})
+    return nested({path: place(leaf) for path, leaf in stacked_schema(config).items()})
 
 
 def init_params(config: ModelConfig, key: jax.Array, layout: Layout = Layout(), dtype: Any = jnp.float32) -> Params:
@@ -174,7 +176,7 @@ def _initialiser(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Calla
         return made if leaf.stacked else made[0]
 
     def initialise(key: jax.Array) -> Params:
-        return _nested({path: values(leaf, key) for path, leaf in _stacked(config).items()})
+        return nested({path: values(leaf, key) for path, leaf in stacked_schema(config).items()})
 
     return jax.jit(initialise, out_shardings=param_shardings(config, layout))
 
@@ -188,10 +190,10 @@ def stack(config: ModelConfig, per_layer: Mapping[str, Any]) -> Params:
             f"the parameters do not match the model: missing {missing[:5]} ({len(missing)}), not in the model "
             f"{extra[:5]} ({len(extra)}); give exactly the names of schema(config), like {_examples(config)}."
         )
-    return _nested(
+    return nested(
         {
             path: jnp.stack([per_layer[n] for n in leaf.members]) if leaf.stacked else per_layer[leaf.members[0]]
-            for path, leaf in _stacked(config).items()
+            for path, leaf in stacked_schema(config).items()
         }
     )
 
@@ -201,7 +203,7 @@ def unstack(config: ModelConfig, params: Params) -> dict[str, Any]:
     flat = {}
     for name in _schema(config):
         path, index = locate(config, name)
-        leaf = _leaf(params, path)
+        leaf = leaf_at(params, path)
         flat[name] = leaf if index is None else leaf[index]
     return flat
 

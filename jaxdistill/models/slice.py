@@ -1,0 +1,94 @@
+"""Cutting a model to a plan: which indices each parameter keeps follows from the names of its axes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.models.schema import StackedSpec, leaf_at, locate, nested, param_shardings, stacked_schema
+from jaxdistill.prune.plan import Indices, PrunePlan
+from jaxdistill.sharding import Layout
+from jaxdistill.specs import ModelConfig
+from jaxdistill.types import Params
+
+NormRepair = Literal["none", "exact"]
+"""What becomes of the norms when channels of the residual stream go. "none": their scales as they are (the published
+recipes). "exact": scales times √(kept / all) backwards, so that a stream whose dropped channels are zero has the same
+output; see `prune_model`."""
+
+
+def prune_model(
+    config: ModelConfig,
+    params: Params,
+    plan: PrunePlan,
+    *,
+    layout: Layout = Layout(),
+    norm_repair: NormRepair = "none",
+) -> tuple[ModelConfig, Params]:
+    """The model with what the plan keeps, in the plan's order; its parameters are new arrays in their places.
+
+    norm_repair: RMSNorm divides by the root of a mean over channels. If the dropped channels are zero, the mean over
+    the D' kept of D channels is D / D' times larger; "exact" undoes that: scale · √(D / D'), epsilon · D / D'.
+    Raises ValueError for a plan of another model.
+    """
+    smaller = plan.resize(config)
+    growth = config.embed / smaller.embed if norm_repair == "exact" else 1.0
+    smaller = dataclasses.replace(smaller, norm_epsilon=smaller.norm_epsilon * growth)
+
+    def cut(params: Params) -> Params:
+        def made(leaf: StackedSpec) -> jax.Array:
+            value = _cut_leaf(config, params, plan, leaf)
+            is_norm = leaf.spec.axes == ("embed",) and leaf.members[0].endswith("norm.scale")
+            return value * math.sqrt(growth) if is_norm and growth != 1.0 else value
+
+        return nested({path: made(leaf) for path, leaf in stacked_schema(smaller).items()})
+
+    return smaller, jax.jit(cut, out_shardings=param_shardings(smaller, layout))(params)
+
+
+def _cut_leaf(config: ModelConfig, params: Params, plan: PrunePlan, leaf: StackedSpec) -> jax.Array:
+    """One leaf of the smaller model, out of the leaves of the original that hold its members."""
+    if not leaf.stacked:
+        path, _ = locate(config, leaf.members[0])
+        return _take(leaf_at(params, path), leaf.spec.axes, {"embed": plan.embed})
+    parts = []
+    members = [_source(plan, name) for name in leaf.members]
+    for path, run in itertools.groupby(members, key=lambda member: locate(config, member[1])[0]):
+        kept, names = zip(*run, strict=True)
+        stacked = leaf_at(params, path)
+        rows = tuple(locate(config, name)[1] for name in names)
+        layers = stacked if rows == tuple(range(stacked.shape[0])) else stacked[np.asarray(rows)]
+        layers = _take(layers, ("layers", *leaf.spec.axes), {"embed": plan.embed})
+        parts.append(_take_by_layer(layers, leaf.spec.axes, plan, kept))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _source(plan: PrunePlan, name: str) -> tuple[int, str]:
+    """For a parameter of the smaller model, the place of its layer in the plan, and its name in the original."""
+    _, layer, *rest = name.split(".")
+    return int(layer), ".".join(("layers", str(plan.layers[int(layer)]), *rest))
+
+
+def _take(value: jax.Array, axes: tuple[Any, ...], chosen: dict[str, Indices]) -> jax.Array:
+    for position, axis in enumerate(axes):
+        if axis in chosen and chosen[axis] != tuple(range(value.shape[position])):
+            value = jnp.take(value, np.asarray(chosen[axis]), axis=position)
+    return value
+
+
+def _take_by_layer(value: jax.Array, axes: tuple[Any, ...], plan: PrunePlan, kept: tuple[int, ...]) -> jax.Array:
+    """The same on axes where every layer keeps indices of its own; value leads with the axis of these layers."""
+    for position, axis in enumerate(axes):
+        if axis not in plan.widths:
+            continue
+        chosen = np.asarray([plan.widths[axis][at] for at in kept])
+        everything = tuple(range(value.shape[position + 1]))
+        if any(plan.widths[axis][at] != everything for at in kept):
+            value = jax.vmap(lambda layer, indices, p=position: jnp.take(layer, indices, axis=p))(value, chosen)
+    return value

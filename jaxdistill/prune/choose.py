@@ -1,0 +1,96 @@
+"""From scores to a plan: which parts of each axis stay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxdistill.prune.importance import Importance
+from jaxdistill.prune.plan import Indices, PrunePlan, Shape
+from jaxdistill.specs import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """The sizes of the smaller model; None keeps an axis as it is.
+
+    mlp: one size for all kept layers, or one for each. heads and kv_heads count per layer; with fewer kv_heads and
+    heads None, the query heads of a dropped key-value head go with it.
+    """
+
+    layers: int | None = None
+    embed: int | None = None
+    mlp: int | tuple[int, ...] | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+
+
+def choose(config: ModelConfig, scores: Importance, target: Target, *, sort: bool = False) -> PrunePlan:
+    """The plan that keeps the parts with the highest scores; of equals the earlier one.
+
+    Channels are ranked once for the whole model, neurons and heads in each layer, query heads inside the group of
+    their key-value head. Kept parts stay in the model's order; with `sort` they stand in falling order of importance,
+    so that every prefix of an axis is the best choice of that size (nested models). Layers always keep their order.
+    Raises ValueError for sizes that the model does not have.
+    """
+    depth = len(config.layers)
+    layers = tuple(sorted(_best("layers", scores.layers, depth if target.layers is None else target.layers)))
+    widths: dict[str, list[Indices]] = {"kv_heads": [], "heads": [], "mlp": []}
+    for layer, mlp in zip(layers, _mlp_sizes(config, target, layers), strict=True):
+        spec = config.layers[layer].mixer
+        given = {axis: values[layer] for axis, values in scores.widths.items()}
+        groups, heads = _heads(spec.heads, spec.kv_heads, given, target, sort=sort)
+        widths["kv_heads"].append(groups)
+        widths["heads"].append(heads)
+        widths["mlp"].append(_ordered(_best(f"mlp of layer {layer}", given["mlp"], mlp), sort))
+    embed = _best("embed", scores.embed, config.embed if target.embed is None else target.embed)
+    return PrunePlan(
+        source=Shape.of(config),
+        layers=layers,
+        embed=_ordered(embed, sort),
+        widths={axis: tuple(chosen) for axis, chosen in widths.items()},
+    )
+
+
+def _mlp_sizes(config: ModelConfig, target: Target, layers: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(target.mlp, tuple):
+        if len(target.mlp) != len(layers):
+            raise ValueError(
+                f"mlp gives {len(target.mlp)} sizes for {len(layers)} kept layers; give one for each, or one for all."
+            )
+        return target.mlp
+    return tuple(config.layers[layer].ffn.mlp if target.mlp is None else target.mlp for layer in layers)
+
+
+def _heads(
+    heads: int, kv_heads: int, scores: Mapping[str, np.ndarray], target: Target, *, sort: bool
+) -> tuple[Indices, Indices]:
+    """(kept key-value heads, kept query heads in their order)."""
+    size = heads // kv_heads
+    keep_groups = kv_heads if target.kv_heads is None else target.kv_heads
+    keep = size * keep_groups if target.heads is None else target.heads
+    if keep_groups < 1 or keep % keep_groups:
+        raise ValueError(
+            f"{keep} query heads are to be kept with {keep_groups} key-value heads; the first must be a multiple of "
+            f"the second. Give heads as a multiple of {keep_groups}, up to {size * keep_groups}."
+        )
+    groups = _ordered(_best("kv_heads", scores["kv_heads"], keep_groups), sort)
+    chosen: list[int] = []
+    for group in groups:
+        own = scores["heads"][group * size : (group + 1) * size]
+        best = _best(f"query heads of key-value head {group}", own, keep // keep_groups)
+        chosen += [group * size + head for head in _ordered(best, sort)]
+    return groups, tuple(chosen)
+
+
+def _best(name: str, scores: np.ndarray, keep: int) -> Indices:
+    """The indices of the highest scores, highest first."""
+    if not 1 <= keep <= len(scores):
+        raise ValueError(f"{name}: {keep} of {len(scores)} are to be kept; choose from 1 to {len(scores)}.")
+    return tuple(int(i) for i in np.argsort(-np.asarray(scores), kind="stable")[:keep])
+
+
+def _ordered(best: Indices, sort: bool) -> Indices:
+    return best if sort else tuple(sorted(best))

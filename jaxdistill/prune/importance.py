@@ -1,0 +1,135 @@
+"""How much each part of a model contributes, measured on text: forward passes only, reduced inside the layer scan.
+
+Minitron's scores (Compact Language Models via Pruning and Knowledge Distillation, 2407.14679, section 2.2): a part is
+as important as what it hands on is large. Each row of a batch is reduced over its tokens, and rows over the whole
+calibration set, so what is kept while measuring is one number per part, and a pass costs little more than a forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxdistill.prune.block_influence import block_influence_tap
+from jaxdistill.specs import ModelConfig
+from jaxdistill.types import Mean, Tap
+
+Aggregation = Literal["mean", "l2", "variance"]
+"""How many numbers become one. "mean": of absolute values; "l2": the root of the sum of squares; "variance"."""
+
+Sums = dict[str, Any]
+"""What calibration adds up: for each segment of equal layers, the results of its tap. Add those of several batches."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Sums over rows of a number per part and of its square, float32 [...]; rows: how many were not all padding."""
+
+    first: Any
+    second: Any
+    rows: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Importance:
+    """A score for each part of a model; more is more important. Only their order within an axis (and, but for the
+    whole model's axes, within a layer) means anything.
+
+    embed: [embed]. layers: [layers]. widths: by axis of `specs.WIDTH_AXES`, an array for each layer.
+    """
+
+    embed: np.ndarray
+    layers: np.ndarray
+    widths: Mapping[str, tuple[np.ndarray, ...]]
+
+
+def importance_taps(config: ModelConfig, *, sequence: Aggregation = "mean") -> dict[str, Tap]:
+    """Taps that reduce, in every layer, what each part hands on: over the tokens of a row, then summed over rows.
+
+    mlp neurons: the input of the down projection. Query heads: the input of the output projection. Channels: the
+    outputs of both norms. Layers: Block Influence. Padding does not count. With packed rows a row is one example.
+    sequence: how the tokens of a row become one number.
+    """
+    influence = block_influence_tap()
+
+    def reduce(values: Mapping[str, Array], mask: Float[Array, "batch length"]) -> dict[str, Any]:
+        return {
+            "mlp": _moments(values["mlp"], mask, sequence),
+            "heads": _moments(values["heads"], mask, sequence),
+            "embed": [_moments(values[point], mask, sequence) for point in ("mixer_normed", "ffn_normed")],
+            "layers": influence.reduce(values, mask),
+        }
+
+    points = ("input", "mixer_normed", "heads", "ffn_normed", "mlp", "output")
+    taps, first = {}, 0
+    # Segments may differ in width, and so in the shape of their results.
+    for segment, (size, _) in enumerate(config.segments):
+        taps[str(segment)] = Tap(points=points, reduce=reduce, layers=tuple(range(first, first + size)))
+        first += size
+    return taps
+
+
+def add(one: Sums, other: Sums) -> Sums:
+    """Both calibration results as one; the same as that of all their rows in one batch."""
+    return jax.tree.map(jnp.add, one, other)
+
+
+def importance(config: ModelConfig, sums: Sums, *, batch: Aggregation = "l2") -> Importance:
+    """Scores from what the taps of `importance_taps` found in all batches. batch: how rows become one number.
+
+    The defaults, mean over tokens and l2 over rows, are the paper's best (table 2). A query head's score is the l2 norm
+    over its dimensions, a key-value head's over its query heads; a channel's score is the sum over all norms.
+    """
+    segments = [jax.tree.map(lambda x: np.asarray(x, np.float64), sums[str(i)]) for i in range(len(config.segments))]
+    embed = np.zeros(config.embed)
+    layers: list[np.ndarray] = []
+    widths: dict[str, list[np.ndarray]] = {"kv_heads": [], "heads": [], "mlp": []}
+    for found, (_, spec) in zip(segments, config.segments, strict=True):
+        embed += sum(_over_rows(each, batch).sum(0) for each in found["embed"])
+        heads = np.linalg.norm(_over_rows(found["heads"], batch), axis=-1)
+        groups = heads.reshape(len(heads), spec.mixer.kv_heads, -1)
+        widths["mlp"] += list(_over_rows(found["mlp"], batch))
+        widths["heads"] += list(heads)
+        widths["kv_heads"] += list(np.linalg.norm(groups, axis=-1))
+        influence: Mean = found["layers"]
+        layers.append(np.asarray(influence.value))
+    return Importance(
+        embed=embed, layers=np.concatenate(layers), widths={axis: tuple(scores) for axis, scores in widths.items()}
+    )
+
+
+def _moments(
+    values: Float[Array, "batch length ..."], mask: Float[Array, "batch length"], kind: Aggregation
+) -> Moments:
+    """One number per row and part, then sums over rows."""
+    seen = (mask > 0).reshape(*mask.shape, *(1,) * (values.ndim - 2))
+    values = jnp.where(seen, values.astype(jnp.float32), 0.0)
+    tokens = (mask > 0).sum(1).astype(jnp.float32).reshape(-1, *(1,) * (values.ndim - 2))
+    count = jnp.maximum(tokens, 1.0)
+    match kind:
+        case "mean":
+            row = jnp.abs(values).sum(1) / count
+        case "l2":
+            row = jnp.sqrt(jnp.square(values).sum(1))
+        case "variance":
+            row = jnp.square(jnp.where(seen, values - (values.sum(1) / count)[:, None], 0.0)).sum(1) / count
+    return Moments(row.sum(0), jnp.square(row).sum(0), (tokens > 0).sum().astype(jnp.float32))
+
+
+def _over_rows(moments: Moments, kind: Aggregation) -> np.ndarray:
+    """[layers, ...] of one number per part."""
+    rows = np.maximum(moments.rows, 1.0).reshape(-1, *(1,) * (moments.first.ndim - 1))
+    match kind:
+        case "mean":
+            return moments.first / rows
+        case "l2":
+            return np.sqrt(moments.second)
+        case "variance":
+            return np.maximum(moments.second / rows - np.square(moments.first / rows), 0.0)

@@ -1,0 +1,137 @@
+"""Cutting models: nothing kept back changes nothing, orders do not matter, and what is cut is what was masked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import LAYOUTS, llama, packed_batch
+from tiny import params as tiny_params
+
+from jaxdistill.models.decoder import apply, scores
+from jaxdistill.models.schema import param_shardings, stack, unstack
+from jaxdistill.models.slice import prune_model
+from jaxdistill.prune.baselines import random_importance
+from jaxdistill.prune.choose import Target, choose
+from jaxdistill.prune.plan import depth_plan, whole_plan
+from jaxdistill.sharding import Layout
+from jaxdistill.specs import ModelConfig
+
+UNTIED = llama(layers=3, tied=False)
+THIN = llama(layers=1, mlp=24).layers[0]
+MODELS = {
+    "tied": llama(layers=2),
+    "untied": UNTIED,
+    "two segments": dataclasses.replace(UNTIED, layers=(*UNTIED.layers, THIN)),
+}
+
+
+def logits(config: ModelConfig, params, rows=None):
+    outputs = jax.jit(lambda p: apply(config, p, packed_batch(0) if rows is None else rows))(params)
+    return np.asarray(scores(outputs.hidden, outputs.head))
+
+
+@pytest.mark.parametrize("layout", ["one device", "fsdp 8", "fsdp 4 x tensor 2"])
+@pytest.mark.parametrize("model", MODELS)
+def test_keeping_everything_changes_no_bit(model, layout):
+    config, place = MODELS[model], LAYOUTS[layout]()
+    params = jax.device_put(tiny_params(config), param_shardings(config, place))
+    same, kept = prune_model(config, params, whole_plan(config), layout=place)
+    assert same == config
+    jax.tree.map(np.testing.assert_array_equal, kept, params)
+    np.testing.assert_array_equal(logits(config, kept), logits(config, params))
+
+
+@pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
+@pytest.mark.parametrize("model", MODELS)
+def test_an_order_changes_no_score(model, layout):
+    """All axes permuted at once: channels, neurons, key-value heads and query heads within them."""
+    config, place = MODELS[model], LAYOUTS[layout]()
+    params = tiny_params(config)
+    plan = choose(config, random_importance(config, 3), Target(), sort=True)
+    assert plan != whole_plan(config)
+    placed = jax.device_put(params, param_shardings(config, place))
+    _, permuted = prune_model(config, placed, plan, layout=place)
+    np.testing.assert_allclose(logits(config, permuted), logits(config, params), atol=1e-5)
+
+
+def masked(config: ModelConfig, params, plan):
+    """The whole model with zeros where the plan keeps nothing (neurons and heads; not channels)."""
+    flat = unstack(config, params)
+    for layer in range(len(config.layers)):
+        for name, axis in (("ffn.down.kernel", "mlp"), ("mixer.output.kernel", "heads")):
+            dropped = sorted(set(range(config.layers[layer].widths[axis])) - set(plan.widths[axis][layer]))
+            key = f"layers.{layer}.{name}"
+            flat[key] = flat[key].at[np.asarray(dropped, int)].set(0.0)
+    return flat
+
+
+@pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
+@pytest.mark.parametrize("target", [Target(mlp=8), Target(heads=2), Target(kv_heads=1), Target(mlp=12, heads=2)])
+def test_what_is_cut_is_what_was_masked(target, layout):
+    config, place = UNTIED, LAYOUTS[layout]()
+    params = tiny_params(config)
+    plan = choose(config, random_importance(config, 5), target)
+    placed = jax.device_put(params, param_shardings(config, place))
+    smaller, cut = prune_model(config, placed, plan, layout=place)
+    expected = logits(config, stack(config, masked(config, params, plan)))
+    np.testing.assert_allclose(logits(smaller, cut), expected, rtol=1e-4, atol=1e-5)
+    jax.tree.map(
+        lambda x, to: x.sharding.is_equivalent_to(to, x.ndim) or pytest.fail(str(x.sharding)),
+        cut,
+        param_shardings(smaller, place),
+    )
+
+
+def test_channels_that_are_zero_leave_without_a_trace_when_norms_are_repaired():
+    """Channels 3 and 9 of the residual stream never hold anything: nothing writes to them."""
+    config = UNTIED
+    flat = unstack(config, tiny_params(config))
+    dead = np.array([3, 9])
+    flat["embedding.kernel"] = flat["embedding.kernel"].at[:, dead].set(0.0)
+    for layer in range(3):
+        for name in ("mixer.output.kernel", "ffn.down.kernel"):
+            flat[f"layers.{layer}.{name}"] = flat[f"layers.{layer}.{name}"].at[..., dead].set(0.0)
+    params = stack(config, flat)
+    plan = dataclasses.replace(whole_plan(config), embed=tuple(i for i in range(16) if i not in dead))
+    smaller, cut = prune_model(config, params, plan, norm_repair="exact")
+    np.testing.assert_allclose(logits(smaller, cut), logits(config, params), atol=1e-5)
+    assert smaller.norm_epsilon == pytest.approx(config.norm_epsilon * 16 / 14)
+    _, plain = prune_model(config, params, plan)
+    assert np.abs(logits(plan.resize(config), plain) - logits(config, params)).max() > 1e-2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_depth_and_widths_together_leave_the_named_rows(model):
+    config = MODELS[model]
+    params = tiny_params(config)
+    target = Target(layers=len(config.layers) - 1, embed=10, mlp=7, heads=2)
+    plan = choose(config, random_importance(config, 1), target)
+    smaller, cut = prune_model(config, params, plan)
+    old, new = unstack(config, params), unstack(smaller, cut)
+    for at, layer in enumerate(plan.layers):
+        expected = np.asarray(old[f"layers.{layer}.ffn.down.kernel"])[list(plan.widths["mlp"][at])][:, list(plan.embed)]
+        np.testing.assert_array_equal(new[f"layers.{at}.ffn.down.kernel"], expected)
+        query = np.asarray(old[f"layers.{layer}.mixer.query.kernel"])
+        expected = query[list(plan.embed)][:, list(plan.widths["heads"][at])]
+        np.testing.assert_array_equal(new[f"layers.{at}.mixer.query.kernel"], expected)
+    assert np.isfinite(logits(smaller, cut)).all()
+
+
+def test_the_original_stays_usable_and_the_dtype_stays():
+    config = MODELS["tied"]
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params(config))
+    _, cut = prune_model(config, params, depth_plan(config, (1,)), layout=Layout())
+    assert {x.dtype for x in jax.tree.leaves(cut)} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(
+        np.asarray(cut["segments"]["0"]["ffn"]["up"]["kernel"][0], np.float32),
+        np.asarray(params["segments"]["0"]["ffn"]["up"]["kernel"][1], np.float32),
+    )
+
+
+def test_a_plan_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="the plan was made for a model of"):
+        prune_model(UNTIED, tiny_params(UNTIED), whole_plan(MODELS["tied"]))
