@@ -121,7 +121,7 @@ class AdamW:
         rate = self.rate(steps)
         adam = optax.scale_by_adam(b1=self.first_decay, b2=self.second_decay, eps=self.epsilon)
         return optax.chain(
-            optax.identity() if self.clip_norm is None else clip_by_norm(self.clip_norm),
+            optax.identity() if self.clip_norm is None else _clip_by_norm(self.clip_norm),
             adam if self.state_dtype == "float32" else stored_as(adam, jnp.dtype(self.state_dtype)),
             optax.add_decayed_weights(self.weight_decay, mask=self._decayed),
             scale_by_step(lambda step: -rate(step)),
@@ -139,7 +139,10 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True)
 class Optax:
-    """Any optax transformation as it is, its learning rate and its own step count included."""
+    """Any optax transformation as it is, its learning rate and its own step count included.
+
+    A resume cannot see numbers inside it: the caller keeps them as they were.
+    """
 
     transformation: optax.GradientTransformation
 
@@ -150,9 +153,10 @@ class Optax:
         return None
 
 
-def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+def _clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
     """Scales updates so that their global norm is at most `largest`: by one factor, which costs no memory (optax's
-    choice between two results keeps one of them). A norm that is known already comes as `gradient_norm=`."""
+    choice between two results keeps one of them). First in its chain: `gradient_norm=` is the norm of these updates,
+    which the train step knows already; without it it is computed."""
 
     def update(updates, state, params=None, *, gradient_norm=None, **extra):
         norm = optax.tree.norm(updates) if gradient_norm is None else gradient_norm

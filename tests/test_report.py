@@ -211,6 +211,13 @@ def test_a_run_is_read_from_its_directory(tmp_path):
     ]
 
 
+def test_a_damaged_checkpoint_is_left_out(tmp_path):
+    write(tmp_path, samples=[])
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "jaxdistill.json").write_text("{")
+    assert collect(tmp_path).models == ()
+
+
 @pytest.mark.parametrize(
     ("documents", "message"),
     [

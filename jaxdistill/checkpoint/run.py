@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from jaxdistill.checkpoint import arrays, records
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.retention import Retention, ranked
+from jaxdistill.formats.paths import local_path
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, retention: Retention = Retention()):
-        self._directory = Path(os.path.abspath(directory)) if "://" not in str(directory) else Path(directory)
+        self._directory = local_path(directory).absolute()
         self._retention = retention
         self._pending: int | None = None
         self._directory.mkdir(parents=True, exist_ok=True)

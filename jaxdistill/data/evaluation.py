@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from jaxdistill.data.packing import FirstFit, Piece, Row, cut, to_arrays
 from jaxdistill.data.sources import Record, Source
-from jaxdistill.data.tokenize import DocumentTokenizer
+from jaxdistill.data.tokenize import TEMPLATE_DATE, DocumentTokenizer
 from jaxdistill.tokenizers.base import Tokenizer
 
 _DOCUMENTS_AT_ONCE = 256
@@ -26,6 +27,7 @@ def eval_batches(
     pack: bool = True,
     prepend_bos: bool = False,
     append_eos: bool = False,
+    date: datetime.date = TEMPLATE_DATE,
 ) -> list[dict[str, np.ndarray]]:
     """All documents as batches of NumPy arrays [batch_size, rows' length], deterministic, the last filled with padding.
 
@@ -36,7 +38,8 @@ def eval_batches(
 
     Without `prepend_bos` the first token of a document is predicted by nothing and is not evaluated: the sum of
     `target_bytes` is the documents' bytes less those of their first tokens (and of windows left out). The end token is
-    left out by default, since it stands for no bytes and would add to bits per byte.
+    left out by default, since it stands for no bytes and would add to bits per byte. date: the day that chat templates
+    are told it is.
     """
     for name, value in (
         ("length", length),
@@ -46,7 +49,7 @@ def eval_batches(
     ):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
-    tokenize = DocumentTokenizer(tokenizer, prepend_bos=prepend_bos, append_eos=append_eos)
+    tokenize = DocumentTokenizer(tokenizer, prepend_bos=prepend_bos, append_eos=append_eos, date=date)
     windows: list[Piece] = []
     for records, field in _chunks(data):
         for document in tokenize(records, [field] * len(records)):

@@ -51,6 +51,16 @@ class Statistics:
         # Not `dataclasses.asdict`: this runs once for every document.
         return Statistics(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
+    def __str__(self) -> str:
+        fates = {
+            "split": self.split,
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+            "unsupervised": self.unsupervised,
+        }
+        told = "".join(f", {count:,} {fate}" for fate, count in fates.items() if count)
+        return f"{self.documents:,} documents{told}: {self.rows:,} rows, {self.padding_fraction:.1%} padding"
+
     @property
     def padding_fraction(self) -> float:
         """The share of positions that hold nothing."""

@@ -39,6 +39,7 @@ def multiple_choice(
     items: Sequence[ChoiceItem],
     *,
     separator: str = " ",
+    prepend_bos: bool = False,
     scoring: Scoring = Scoring(),
     progress: Progress = silent,
 ) -> ChoiceScore:
@@ -46,13 +47,13 @@ def multiple_choice(
 
     Context, separator and option are encoded as one text, as a model would meet them. The option's tokens are those
     that reach beyond the context; one that straddles the boundary counts whole, so that every byte of the option is
-    scored. Of a text longer than the model's context its end is scored. Raises ValueError when there are no items, or
-    nothing precedes an option.
+    scored. prepend_bos: begin each text with the beginning-of-sequence token. Of a text longer than the model's context
+    its end is scored. Raises ValueError when there are no items, or nothing precedes an option.
     """
     if not items:
         raise ValueError("there are no items to score; give at least one.")
     pairs = [(item.context, separator + option) for item in items for option in item.options]
-    pieces = continuation_pieces(model.tokenizer, pairs, max_length=model.config.max_length)
+    pieces = continuation_pieces(model.tokenizer, pairs, max_length=model.config.max_length, prepend_bos=prepend_bos)
     sums = score({"model": model}, pieces, groups=len(pieces), scoring=scoring, progress=progress)["model"]
     right_summed = right_per_byte = at = 0
     for item in items:
@@ -64,18 +65,23 @@ def multiple_choice(
     return ChoiceScore(items=len(items), summed=right_summed / len(items), per_byte=right_per_byte / len(items))
 
 
-def continuation_pieces(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, max_length: int) -> list[Piece]:
+def continuation_pieces(
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, max_length: int, prepend_bos: bool = False
+) -> list[Piece]:
     """Each (context, continuation) as one piece of a group of its own, supervised on the continuation's tokens.
 
     An empty context is replaced by the begin- (or end-) of-text token. Texts are cut on the left to `max_length`
-    inputs; a continuation that is longer than this is refused.
+    inputs; a continuation that is longer than this is refused. prepend_bos: begin each text with the
+    beginning-of-sequence token, which the tokenizer must have.
     """
+    if prepend_bos and tokenizer.special.bos is None:
+        raise ValueError("prepend_bos is set and the tokenizer has no beginning-of-sequence token; unset it.")
     start = tokenizer.special.bos if tokenizer.special.bos is not None else tokenizer.special.eos
     pieces = []
     encodings = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
     for group, ((context, continuation), encoding) in enumerate(zip(pairs, encodings, strict=True)):
         ids, supervised = encoding.ids, encoding.offsets[:, 1] > len(context.encode())
-        if len(ids) and supervised[0] and start is not None:
+        if len(ids) and (prepend_bos or supervised[0]) and start is not None:
             ids, supervised = np.insert(ids, 0, start), np.insert(supervised, 0, False)
         if not supervised.any() or supervised[0]:
             raise ValueError(

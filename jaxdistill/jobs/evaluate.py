@@ -82,7 +82,9 @@ def evaluate_models(config: EvaluateConfig) -> Evaluation:
     for title, items in sets.items():
         for name, model in models.items():
             with counted(f"{title}: {name}") as progress:
-                choices[name][title] = multiple_choice(model, items, scoring=scoring, progress=progress)
+                choices[name][title] = multiple_choice(
+                    model, items, prepend_bos=config.prepend_bos, scoring=scoring, progress=progress
+                )
     evaluation = Evaluation(text=text, choices=choices, teacher=teacher)
     print(evaluation.table())
     if config.out is not None:

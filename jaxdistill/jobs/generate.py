@@ -31,19 +31,24 @@ def generate_text(
     prepend_bos: begin the prompt with the beginning-of-sequence token, as the model's training text began (a chat
     template writes its own). An empty prompt is that token alone, where the tokenizer has one.
     """
+    if chat and prepend_bos:
+        raise ValueError(
+            "chat and prepend_bos are both set; a chat template writes its own beginning: give one of them."
+        )
     layout = whole_machine()
     with stage(f"opening {path}"):
         model = open_model(path, layout=layout)
     if chat:
         turn = [{"role": "user", "content": prompt}]
-        ids = ChatFormat(model.tokenizer).encode(turn, add_generation_prompt=True).ids.tolist()
+        start, ids = [], ChatFormat(model.tokenizer).encode(turn, add_generation_prompt=True).ids.tolist()
     else:
-        ids = _plain(model.tokenizer, prompt, prepend_bos=prepend_bos)
+        ids = model.tokenizer.encode(prompt).ids.tolist()
+        start = _start(model.tokenizer, wanted=prepend_bos, needed=not ids)
     with stage("generating"):
         [made] = generate(
             model.config,
             model.params,
-            [ids],
+            [start + ids],
             max_new_tokens=max_new_tokens,
             stop=model.tokenizer.special.stop,
             key=jax.random.key(seed),
@@ -51,13 +56,12 @@ def generate_text(
             execution=Execution(activation_dtype=activations),
             **dataclasses.asdict(sampling),
         )
-    if chat:
-        return model.tokenizer.decode(made)
-    return model.tokenizer.decode(ids[ids[0] == model.tokenizer.special.bos :] + made)
+    return model.tokenizer.decode(made if chat else ids + made)
 
 
-def _plain(tokenizer: Tokenizer, prompt: str, *, prepend_bos: bool) -> list[int]:
-    ids, bos = tokenizer.encode(prompt).ids.tolist(), tokenizer.special.bos
-    if prepend_bos and bos is None:
+def _start(tokenizer: Tokenizer, *, wanted: bool, needed: bool) -> list[int]:
+    """The token that a prompt begins with, if it is wanted, or needed and there is one."""
+    bos = tokenizer.special.bos
+    if wanted and bos is None:
         raise ValueError("prepend_bos is set and the tokenizer has no beginning-of-sequence token; leave it out.")
-    return [bos, *ids] if bos is not None and (prepend_bos or not ids) else ids
+    return [bos] if bos is not None and (wanted or needed) else []

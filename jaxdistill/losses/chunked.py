@@ -27,12 +27,12 @@ from jaxtyping import Array, Float, Int
 from jaxdistill.losses.scores import Scores
 from jaxdistill.losses.terms import Positions, Term
 from jaxdistill.sharding import BATCH_AXES, Axes, Layout
-from jaxdistill.types import Head, Mean, Outputs
+from jaxdistill.types import Head, Mean, Outputs, at_step
 
 Totals = dict[str, Array]
 HEAD_AXES: Axes = ("vocab", "embed")
-SMALLEST_BLOCK = 1024
-"""Rows of the head whose gradient is added at once, at least: fewer make products too small to be fast."""
+BLOCK = 1024
+"""Rows of the head whose gradient is added at once are a multiple of this: fewer make products too small to be fast."""
 
 
 def evaluate_terms(
@@ -111,12 +111,15 @@ def term_coefficients(
 ) -> dict[str, Float[Array, ""]]:
     """Each term's weight at this step ÷ the number of supervised positions of the whole global step (0 if none)."""
     share = jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))
-    return {name: jnp.float32(t.weight(step) if callable(t.weight) else t.weight) * share for name, t in terms.items()}
+    return {name: jnp.float32(at_step(t.weight, step)) * share for name, t in terms.items()}
 
 
 def default_chunk(vocab: int) -> int:
     """Positions to score at once on a device that holds `vocab` rows of the head: as many as cost at most 2²³ scores
-    (32 MiB in float32), and 128 at the most, where a product no longer gains from more rows (tools/bench_step.py)."""
+    (32 MiB in float32), and 128 at the most, where a product no longer gains from more rows.
+
+    Measured on CPUs (tools/bench_step.py). Every chunk reads and writes the gradient of the whole head, so a device
+    with much arithmetic for its memory's speed wants more positions: the pod recipe scores 512."""
     return max(16, min(128, 2 ** int(math.log2(2**23 / vocab))))
 
 
@@ -248,8 +251,7 @@ def _scan_values(plan: _Plan, learned: Any, given: Any) -> tuple[Array, Totals]:
     fixed = _fixed(plan, given)
 
     def body(sums, chunk):
-        scores = _scores(head, _supervised(_vary(chunk["hidden"], plan.places.vocab_axes), chunk["mask"]))
-        found = _chunk_value(plan, scores, parameters, chunk, fixed)
+        found = _chunk_value(plan, _scores(head, chunk["hidden"], chunk["mask"]), parameters, chunk, fixed)
         return jax.tree.map(jnp.add, sums, found), None
 
     sums, _ = jax.lax.scan(body, _zero_sums(plan), chunks)
@@ -261,8 +263,7 @@ def _scan_positions(plan: _Plan, learned: Any, given: Any) -> Totals:
     head, fixed = _spread_head(plan, learned["head"], hidden.dtype), _fixed(plan, given)
 
     def body(_, chunk):
-        scores = _scores(head, _supervised(_vary(chunk["hidden"], plan.places.vocab_axes), chunk["mask"]))
-        return None, _chunk_values(plan, scores, {}, chunk, fixed)
+        return None, _chunk_values(plan, _scores(head, chunk["hidden"], chunk["mask"]), {}, chunk, fixed)
 
     _, values = jax.lax.scan(body, None, _chunks(plan, hidden, given))
     rows, length = hidden.shape[:2]
@@ -332,7 +333,7 @@ def _chunk_values(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed
     if fixed["teacher_head"] is None:
         teacher = Scores(jax.lax.stop_gradient(student.local), axes)
     else:
-        teacher = Scores(_scores(fixed["teacher_head"], _supervised(chunk["teacher_hidden"], mask)), axes)
+        teacher = Scores(_scores(fixed["teacher_head"], chunk["teacher_hidden"], mask), axes)
     at = Positions(targets=chunk["targets"], step=fixed["step"])
     found = {}
     for name, term in plan.terms.items():
@@ -342,8 +343,9 @@ def _chunk_values(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed
     return found
 
 
-def _scores(head: Head, hidden: Array) -> Float[Array, "position vocab_shard"]:
-    return _from_products(head, _products(head, hidden))
+def _scores(head: Head, hidden: Array, mask: Array) -> Float[Array, "position vocab_shard"]:
+    """The scores of supervised positions, 0 before bias and cap where nothing is supervised."""
+    return _from_products(head, _products(head, _supervised(hidden, mask)))
 
 
 def _products(head: Head, hidden: Array) -> Float[Array, "position vocab_shard"]:
@@ -362,7 +364,8 @@ def _add_product(
     """total + slopeᵀ @ hidden, in place: some rows of the vocabulary at a time, so that what is added needs no more
     memory than the slope does and never becomes a second array of the head's size."""
     vocab, embed = total.shape
-    rows = min(vocab, max(SMALLEST_BLOCK, slope.size // embed))
+    # Whole blocks of rows, so that no tile is cut in two and none is left with a few rows.
+    rows = min(vocab, max(1, slope.size // embed // BLOCK) * BLOCK)
 
     def add(total: Array, start: Any, size: int) -> Array:
         columns = jax.lax.dynamic_slice_in_dim(slope, start, size, axis=1)
@@ -415,7 +418,7 @@ def _chunks(plan: _Plan, hidden: Array, given: Any) -> dict[str, Array]:
     """Inputs as [chunks, chunk, ...] of this device's positions; the last chunk is filled with masked positions."""
     positions = hidden.shape[0] * hidden.shape[1]
     chunk = min(plan.chunk, positions)
-    arrays = {"hidden": hidden, "targets": given["targets"], "mask": given["mask"]}
+    arrays = {"hidden": _vary(hidden, plan.places.vocab_axes), "targets": given["targets"], "mask": given["mask"]}
     if given["teacher"] is not None:
         arrays["teacher_hidden"] = _vary(given["teacher"]["hidden"], plan.places.vocab_axes)
 

@@ -62,7 +62,7 @@ class Scores:
         return _pmax(jax.lax.stop_gradient(self.local).max(-1), self.axes)
 
     def argmax(self) -> Int[Array, "position"]:
-        """The id of the largest score, the lowest one where several are equal."""
+        """The id of the largest score, the lowest one of equal ones; no id of the vocabulary where a score is NaN."""
         local = jax.lax.stop_gradient(self.local)
         # A minimum of float32 ids, exact up to 2²⁴ of them: on a CPU a third of the time of an argmax.
         ids = jax.lax.broadcasted_iota(jnp.float32, local.shape, 1) + self._first_id()

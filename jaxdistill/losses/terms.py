@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.losses.scores import Scores
-from jaxdistill.types import Scalar
+from jaxdistill.types import Scalar, at_step
 
 
 @jax.tree_util.register_dataclass
@@ -68,10 +68,13 @@ class Parameterized(Protocol):
 def forward_kl(teacher: Scores, student: Scores) -> Float[Array, "position"]:
     """KL(teacher ‖ student) in nats: Σ p_T (log p_T - log p_S).
 
-    The normalizers stand outside the sum, so its gradient needs no second pass over the vocabulary.
+    The normalizers' gradient stands outside the sum, which then needs no second pass over the vocabulary; their value
+    stands inside, where it keeps what is summed as small as the divergence, whatever the scores' common offset.
     """
-    gap = teacher.expect(teacher.local - student.local)
-    return gap - teacher.log_normalizer() + student.log_normalizer()
+    offset = teacher.log_normalizer() - student.log_normalizer()
+    value = jax.lax.stop_gradient(offset)
+    gap = teacher.expect(teacher.local - student.local - value[:, None])
+    return gap + (value - offset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ class ForwardKL(Term):
             raise ValueError(f"ForwardKL.temperature is {self.temperature}; it must be positive.")
 
     def __call__(self, student, teacher, at, parameters):
-        temperature = self.temperature(at.step) if callable(self.temperature) else self.temperature
+        temperature = at_step(self.temperature, at.step)
         value = forward_kl(teacher.at_temperature(temperature), student.at_temperature(temperature))
         return value * temperature**2 if self.scale_by_square else value
 

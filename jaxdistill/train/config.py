@@ -24,6 +24,7 @@ class TeacherConfig:
     """A directory that `jaxdistill convert` wrote, a Hugging Face directory, or a .gguf file. None trains on text
     alone."""
     parameter_dtype: DType = "float32"
+    """How the teacher is held; a student that is made of its layers starts from these values."""
     execution: Execution = dataclasses.field(default_factory=Execution)
     rules: Rules = DEFAULT_RULES
     """Where its parameters live on the mesh."""
@@ -165,7 +166,7 @@ MAY_CHANGE = frozenset(
         "out",
         "log",
         "checkpoints",
-        "held_out",
+        "held_out.every",
         "mesh",
         "accumulate",
         "chunk",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import json
@@ -26,7 +27,7 @@ from jaxdistill.data.evaluation import eval_batches
 from jaxdistill.data.packing import to_arrays
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.pipeline import Loader, make_loader
-from jaxdistill.formats.paths import write_text
+from jaxdistill.formats.paths import local_path, write_text
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.schema import count_parameters
 from jaxdistill.specs import ModelConfig
@@ -74,19 +75,20 @@ def train(config: TrainConfig) -> Result:
     when too many steps in a row were not finite.
     """
     config.check()
+    directory = local_path(config.out)
     if config.log.wandb_project is not None:
         progress.require_wandb()
     if config.processes == "automatic":
         jax.distributed.initialize()
     batch_divisors(config, jax.device_count(), processes=jax.process_count())
     enable_compilation_cache(config.compilation_cache)
-    checkpoints = RunCheckpoints(Path(config.out) / "checkpoints", retention=config.checkpoints.retention)
+    checkpoints = RunCheckpoints(directory / "checkpoints", retention=config.checkpoints.retention)
     with contextlib.closing(checkpoints):
         latest = checkpoints.latest()
         saved = {} if latest is None else checkpoints.info(latest)
         if latest is not None:
             check_compatible(saved["config"], as_document(config), may_change=MAY_CHANGE)
-        run = _Run(config, checkpoints, saved)
+        run = _Run(config, directory, checkpoints, saved)
         run.refuse_foreign_student(latest)
         if latest is not None and run.exported() and latest >= config.steps:
             return run.nothing_left(latest)
@@ -97,9 +99,9 @@ def train(config: TrainConfig) -> Result:
 class _Run:
     """One run of the job: the state of the loop, and what it writes."""
 
-    def __init__(self, config: TrainConfig, checkpoints: RunCheckpoints, saved: dict[str, Any]):
+    def __init__(self, config: TrainConfig, directory: Path, checkpoints: RunCheckpoints, saved: dict[str, Any]):
         self.config, self.checkpoints = config, checkpoints
-        self.directory = Path(config.out)
+        self.directory = directory
         self.say, self.clock = progress.Say(), progress.Clock()
         self.sinks: list[Any] = []
         self.kept: tuple[int, ...] | None = tuple(saved["kept"]) if saved.get("kept") else None
@@ -353,6 +355,7 @@ class _Run:
             with self.clock.measure("export"):
                 student = self._export()
             self.say(f"student written to {student}")
+        self.say(f"read {self.loader.statistics}")
         if jax.process_index() == 0:
             write_text(self.directory / "times.json", json.dumps(self.clock.parts, indent=1) + "\n")
         return self._result(student)
@@ -402,6 +405,7 @@ def held_out_batches(config: TrainConfig, tokenizer: Tokenizer) -> list[dict[str
         max_windows=held_out.windows,
         # As the models see text in training: some read badly without the token that begins it.
         prepend_bos=data.prepend_bos,
+        date=datetime.date.fromisoformat(data.template_date),
     )
 
 

@@ -93,6 +93,13 @@ def test_an_empty_context_is_the_begin_token():
         continuation_pieces(ByteTokenizer(("<x>",)), [("", "ab")], max_length=10)
 
 
+def test_texts_begin_with_the_begin_token_if_asked():
+    [piece] = continuation_pieces(ByteTokenizer(), [("a", "b")], max_length=100, prepend_bos=True)
+    assert (piece.document.ids.tolist(), piece.document.supervised.tolist()) == ([256, *b"ab"], [False, False, True])
+    with pytest.raises(ValueError, match="no beginning-of-sequence token"):
+        continuation_pieces(ByteTokenizer(("<eos>",)), [("a", "b")], max_length=10, prepend_bos=True)
+
+
 def test_long_contexts_lose_their_beginning():
     assert supervised(ByteTokenizer(), "abcdef", "g", max_length=3) == (list(b"defg"), [False, False, False, True])
     with pytest.raises(ValueError, match="a continuation has 4 tokens and the model takes 3"):

@@ -14,7 +14,8 @@ from jaxdistill import cli
 from jaxdistill.checkpoint.model import save_model
 from jaxdistill.checkpoint.open import open_model
 from jaxdistill.checkpoint.run import RunCheckpoints
-from jaxdistill.generate import generate
+from jaxdistill.generate import Sampling, generate
+from jaxdistill.jobs.generate import generate_text
 from jaxdistill.models.schema import abstract_params, count_parameters
 from jaxdistill.tokenizers import ByteTokenizer
 
@@ -93,6 +94,13 @@ def test_generate_begins_with_the_token_that_texts_begin_with_if_asked(saved, ca
         )
         printed = run(capsys, "generate", saved / "large", f"--prompt={prompt}", "--max-new-tokens", 5, *flags)
         assert printed == model.tokenizer.decode(ids + made) + "\n"
+
+
+def test_generate_refuses_two_beginnings(saved):
+    with pytest.raises(ValueError, match="chat and prepend_bos are both set"):
+        generate_text(
+            str(saved / "large"), "Hi", max_new_tokens=1, sampling=Sampling(), seed=0, chat=True, prepend_bos=True
+        )
 
 
 def test_evaluate_prints_one_table_and_writes_the_numbers(saved, tmp_path, capsys):

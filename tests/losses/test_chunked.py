@@ -170,7 +170,7 @@ def test_the_chunk_size_changes_nothing(chunk):
 def test_the_heads_gradient_is_added_in_blocks_that_need_not_divide_the_vocabulary(layout, monkeypatch):
     x = example(13)
     (_, _), expected = evaluate({"kl": ForwardKL()}, x)
-    monkeypatch.setattr(chunked, "SMALLEST_BLOCK", 1)
+    monkeypatch.setattr(chunked, "BLOCK", 1)
     (_, _), gradients = evaluate({"kl": ForwardKL()}, x, layout=LAYOUTS[layout](), chunk=5)
     assert VOCAB % (5 * VOCAB // EMBED)  # 20 rows a block, or 10 of 32 on two devices
     assert_gradients_close(gradients, expected)

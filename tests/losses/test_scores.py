@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec
 
 from jaxdistill.losses.scores import Scores
-from jaxdistill.losses.terms import ForwardKL, forward_kl
+from jaxdistill.losses.terms import ForwardKL, Positions, forward_kl
 from jaxdistill.sharding import MeshConfig, make_mesh
 
 POSITIONS, VOCAB = 5, 32
@@ -42,6 +42,7 @@ def random_scores(seed: int = 0, scale: float = 3.0) -> np.ndarray:
 
 
 IDS = jnp.asarray([0, 31, 7, 8, 20])
+AT = Positions(targets=IDS, step=jnp.int32(0))
 REDUCTIONS = {
     "log_normalizer": (lambda s: s.log_normalizer(), lambda x: np.log(np.exp(x).sum(-1))),
     "take": (lambda s: s.take(IDS), lambda x: x[np.arange(POSITIONS), np.asarray(IDS)]),
@@ -124,15 +125,15 @@ def test_forward_kl_is_a_divergence(teacher, student):
 def test_a_high_temperature_compares_scores_by_their_squared_distance():
     """KL(T)·T² → ½ Var-like distance of centred scores ÷ vocabulary (Hinton et al. 2015, section 2.1)."""
     teacher, student = random_scores(4, 1.0), random_scores(5, 1.0)
-    value = ForwardKL(temperature=200.0)(Scores(jnp.asarray(student)), Scores(jnp.asarray(teacher)), None, {})
+    value = ForwardKL(temperature=200.0)(Scores(jnp.asarray(student)), Scores(jnp.asarray(teacher)), AT, {})
     gap = (teacher - teacher.mean(-1, keepdims=True)) - (student - student.mean(-1, keepdims=True))
     np.testing.assert_allclose(value, (gap**2).sum(-1) / (2 * VOCAB), rtol=0.05)
 
 
 def test_the_temperature_factor_can_be_left_out():
     teacher, student = (Scores(jnp.asarray(random_scores(s))) for s in (6, 7))
-    scaled = ForwardKL(temperature=3.0)(student, teacher, None, {})
-    bare = ForwardKL(temperature=3.0, scale_by_square=False)(student, teacher, None, {})
+    scaled = ForwardKL(temperature=3.0)(student, teacher, AT, {})
+    bare = ForwardKL(temperature=3.0, scale_by_square=False)(student, teacher, AT, {})
     np.testing.assert_allclose(scaled, 9 * bare, rtol=1e-6)
 
 

@@ -243,6 +243,13 @@ def test_a_run_without_a_directory_is_refused(files):
         run(dataclasses.replace(files.config(files.root), out=""))
 
 
+def test_a_remote_directory_is_refused_and_nothing_is_written(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="gs://bucket/run is a remote path; allowed are local or mounted ones"):
+        run(dataclasses.replace(files.config(files.root), out="gs://bucket/run"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_vocabularies_that_differ_are_refused_before_models_are_read(files, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "open_teacher", None)
     renamed = ByteTokenizer(("<bos>", "<eos>", "<other>", "<|im_start|>", "<|im_end|>"))
@@ -280,6 +287,19 @@ def test_held_out_text_is_read_as_the_text_of_training_is(files, tmp_path):
     [batch] = loop.held_out_batches(config, tokenizer)
     assert batch["targets"][batch["loss_mask"] > 0].tolist() == list(b"abc")
     assert batch["tokens"][0, :3].tolist() == [tokenizer.special.bos, *b"ab"]
+
+
+def test_held_out_conversations_are_told_the_day_of_the_training_text(files, tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    data = DataConfig(path="unused", length=LENGTH, batch_size=8, template_date="2025-03-09")
+    config = files.config(tmp_path / "run", data=data, held_out=HeldOutConfig(path=str(tmp_path / "held_out.jsonl")))
+    dated = ByteTokenizer(
+        chat_template="{% for m in messages %}{% if m.role == 'user' %}{{ strftime_now('%Y') }}"
+        "{% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    [batch] = loop.held_out_batches(config, dated)
+    assert batch["tokens"][0, :4].tolist() == list(b"2025")
 
 
 def test_ids_that_the_models_lack_are_refused():
