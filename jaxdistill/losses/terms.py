@@ -68,13 +68,13 @@ class Parameterized(Protocol):
 def forward_kl(teacher: Scores, student: Scores) -> Float[Array, "position"]:
     """KL(teacher ‖ student) in nats: Σ p_T (log p_T - log p_S).
 
-    The normalizers' gradient stands outside the sum, which then needs no second pass over the vocabulary; their value
-    stands inside, where it keeps what is summed as small as the divergence, whatever the scores' common offset.
+    The normalizers stand outside the sum, so its gradient needs no second pass over the vocabulary. By how much all
+    scores of one lie above the other's means nothing, and is taken off inside the sum, which would only round it.
     """
     offset = teacher.log_normalizer() - student.log_normalizer()
-    value = jax.lax.stop_gradient(offset)
-    gap = teacher.expect(teacher.local - student.local - value[:, None])
-    return gap + (value - offset)
+    shift = teacher.max() - student.max()
+    gap = teacher.expect(teacher.local - student.local - shift[:, None])
+    return gap + (shift - offset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
