@@ -21,8 +21,10 @@ from test_layers import FLOORS
 from tiny import llama
 
 from jaxdistill import cli
+from jaxdistill.checkpoint.open import open_config
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.schema import init_params
+from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +89,7 @@ def made_small(program: str, places: dict[str, str]) -> str:
 
 
 def test_a_run_from_python_is_short():
-    run, _ = programs()
+    run, *_ = programs()
     assert len(run.splitlines()) <= 25
 
 
@@ -119,6 +121,17 @@ def test_a_step_of_pure_functions(places):
     assert int(names["state"].step) == 1
     assert float(names["metrics"]["terms"]["kl"].value) > 0
     assert np.isfinite(float(names["metrics"]["loss"]))
+
+
+def test_pruning_from_python(places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    with unoptimised():
+        exec(compile(made_small(programs()[2], places), "docs/api.md", "exec"), names)
+    names["loader"].close()
+    shape = open_config(tmp_path / "pruned")
+    assert [layer.ffn.mlp for layer in shape.layers] == [24] * 3
+    assert PrunePlan.load(tmp_path / "plan.json").layers == names["plan"].layers
 
 
 # Command lines.
