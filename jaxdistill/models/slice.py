@@ -19,8 +19,7 @@ from jaxdistill.types import Params
 
 NormRepair = Literal["none", "exact"]
 """What becomes of the norms when channels of the residual stream go. "none": their scales as they are (the published
-recipes). "exact": scales times √(kept / all) backwards, so that a stream whose dropped channels are zero has the same
-output; see `prune_model`."""
+recipes). "exact": changed so that a stream whose dropped channels are zero has the same output; see `prune_model`."""
 
 
 def prune_model(

@@ -10,7 +10,7 @@ from jaxdistill.prune.choose import Target
 from jaxdistill.prune.importance import Importance
 from jaxdistill.specs import WIDTH_AXES, ModelConfig
 
-Scores = Callable[[str, int | None, int], np.ndarray]
+ScoreOf = Callable[[str, int | None, int], np.ndarray]
 """From an axis, its layer (None: the whole model's) and its size to a score for each part."""
 
 
@@ -73,7 +73,7 @@ def weight_magnitude(
     return _scored(config, score)
 
 
-def _scored(config: ModelConfig, score: Scores) -> Importance:
+def _scored(config: ModelConfig, score: ScoreOf) -> Importance:
     return Importance(
         embed=score("embed", None, config.embed),
         layers=score("layers", None, len(config.layers)),

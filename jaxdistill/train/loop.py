@@ -33,7 +33,7 @@ from jaxdistill.models.schema import count_parameters
 from jaxdistill.specs import ModelConfig
 from jaxdistill.tokenizers import Tokenizer
 from jaxdistill.train import progress
-from jaxdistill.train.config import MAY_CHANGE, StudentConfig, TrainConfig, as_document, batch_divisors
+from jaxdistill.train.config import MAY_CHANGE, TrainConfig, as_document, batch_divisors
 from jaxdistill.train.setup import (
     Places,
     Programs,
@@ -174,7 +174,8 @@ class _Run:
             self.say(f"teacher: {describe(teacher)}")
         kept = f", layers {_ranges(self.kept)} of the original" if self.kept else ""
         self.say(f"student: {describe(self.student.config)}{kept}")
-        if teacher is not None and self.kept is None and self.config.student == StudentConfig():
+        student = self.config.student
+        if teacher is not None and self.kept is None and student.path is None and student.model is None:
             self.say("the student is the whole teacher; student.layers, keep, path and model make another one")
         self.say(
             f"{self.config.steps} steps of {self.config.data.batch_size} x {self.config.data.length} tokens on "
