@@ -12,13 +12,12 @@ the answers that were given where the teacher is unsure.
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL
 from jaxdistill.optimizer import AdamW, WarmupCosine
-from jaxdistill.train.config import StudentConfig, TrainConfig
+from jaxdistill.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         out="",
-        student=StudentConfig(layers=None),
         data=DataConfig(length=2048, batch_size=16, long_documents="truncate"),
         losses={"kl": ForwardKL(), "cross_entropy": CrossEntropy(weight=0.1)},
         optimizer=AdamW(learning_rate=WarmupCosine(peak=5e-5)),

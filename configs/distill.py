@@ -1,6 +1,6 @@
 """Distil any supported checkpoint into a student made of some of its layers.
 
-    jaxdistill train configs/distill.py --teacher.path DIR --data.path FILE --student.layers 16 --out RUN
+    jaxdistill train configs/distill.py --teacher.path DIR --data.path FILE --student.prune.layers 16 --out RUN
 
 DIR is a Hugging Face directory, a .gguf file or a directory written by `jaxdistill convert`; FILE is text, JSON lines,
 Parquet or ArrayRecord. The layers with the highest Block Influence are kept, and the student learns the teacher's

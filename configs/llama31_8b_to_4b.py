@@ -17,6 +17,7 @@ from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL
 from jaxdistill.models.decoder import Execution
 from jaxdistill.optimizer import AdamW, WarmupCosine
+from jaxdistill.prune.choose import Target
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train.config import CheckpointConfig, HeldOutConfig, StudentConfig, TeacherConfig, TrainConfig
 
@@ -34,7 +35,7 @@ def get_config() -> TrainConfig:
             execution=Execution(activation_dtype="bfloat16"),
         ),
         student=StudentConfig(
-            keep=(*range(15), 31),
+            prune=Target(layers=(*range(15), 31)),
             # Blocks are recomputed backwards: at 8192 tokens their activations would not fit beside the optimizer.
             execution=Execution(activation_dtype="bfloat16", remat="block"),
         ),

@@ -9,6 +9,7 @@ fetches the teacher and the text, converts the teacher, and runs this recipe bet
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.terms import ForwardKL
 from jaxdistill.optimizer import AdamW, WarmupCosine
+from jaxdistill.prune.choose import Target
 from jaxdistill.train.config import CheckpointConfig, HeldOutConfig, LogConfig, StudentConfig, TrainConfig
 
 
@@ -17,7 +18,7 @@ def get_config() -> TrainConfig:
         out="runs/quickstart/train",
         # The embedding table stays as it is: rows of rare tokens would drift under Adam, and its gradient costs a
         # tenth of a step.
-        student=StudentConfig(layers=18, trainable=("segments.*", "final_norm.*")),
+        student=StudentConfig(prune=Target(layers=18), calibration_batches=4, trainable=("segments.*", "final_norm.*")),
         data=DataConfig(length=256, batch_size=4),
         losses={"kl": ForwardKL()},
         optimizer=AdamW(learning_rate=WarmupCosine(peak=8e-4, warmup=0.1), weight_decay=0.0),

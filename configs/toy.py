@@ -9,6 +9,7 @@ The second command reads the first one's model from runs/toy_teacher/student and
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.terms import ForwardKL
 from jaxdistill.optimizer import AdamW, WarmupCosine
+from jaxdistill.prune.choose import Target
 from jaxdistill.train.config import LogConfig, StudentConfig, TeacherConfig, TrainConfig
 
 
@@ -16,7 +17,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         out="runs/toy",
         teacher=TeacherConfig(path="runs/toy_teacher/student"),
-        student=StudentConfig(layers=2),
+        student=StudentConfig(prune=Target(layers=2)),
         data=DataConfig(length=128, batch_size=16),
         losses={"kl": ForwardKL()},
         optimizer=AdamW(learning_rate=WarmupCosine(peak=3e-3)),

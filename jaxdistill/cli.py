@@ -99,7 +99,7 @@ def train(recipe: Annotated[Positional[str], arg(metavar="RECIPE")]) -> None:
     """Run a recipe: distil a teacher into a student, or go on with a run that was interrupted.
 
     `jaxdistill train configs/NAME.py --help` shows the recipe's settings; each can be given after it, as in
-    `--teacher.path DIR --data.path FILE --student.layers 16 --out RUN`.
+    `--teacher.path DIR --data.path FILE --student.prune.layers 16 --out RUN`.
 
     Args:
         recipe: A Python file with a function `get_config()`.

@@ -122,11 +122,3 @@ class ModelConfig:
     @property
     def homogeneous(self) -> bool:
         return len(self.segments) == 1
-
-    def keep_layers(self, kept: tuple[int, ...]) -> ModelConfig:
-        """This model with only the layers `kept` (indices in order)."""
-        if list(kept) != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= len(self.layers):
-            raise ValueError(
-                f"layers to keep are {kept}; allowed are increasing indices from 0 to {len(self.layers) - 1}."
-            )
-        return dataclasses.replace(self, layers=tuple(self.layers[i] for i in kept))

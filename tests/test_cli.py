@@ -73,14 +73,14 @@ def refused(capsys, run) -> str:
 
 def test_numbers_of_a_recipe_are_set_by_name(recipe):
     given = """
-        --teacher.path DIR --data.path FILE --student.layers None --student.keep 0 3 --out RUN
+        --teacher.path DIR --data.path FILE --student.prune.layers 0 3 --out RUN
         --losses.kl.temperature 4 --losses.kl.weight 2 --losses.ce.weight 0.5 --losses.own.sharpness 3
         --optimizer.learning-rate.peak 1e-3 --mesh.fsdp 4 --data.long-documents truncate --held-out.every 7
     """
     config = cli.parse_recipe(recipe, given.split())
     assert isinstance(config, TrainConfig)
     assert (config.teacher.path, config.data.path, config.out) == ("DIR", "FILE", "RUN")
-    assert (config.student.layers, config.student.keep) == (None, (0, 3))
+    assert config.student.prune.layers == (0, 3)
     assert (config.losses["kl"].temperature, config.losses["kl"].weight) == (4.0, 2.0)
     assert (config.losses["ce"].weight, config.losses["own"].sharpness) == (0.5, 3.0)
     assert config.optimizer.learning_rate.peak == 1e-3

@@ -22,6 +22,7 @@ from compiling import unoptimised
 
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.schema import init_params
+from jaxdistill.prune.choose import Target
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
 from jaxdistill.tokenizers import ByteTokenizer
 from jaxdistill.train.config import TrainConfig
@@ -32,6 +33,7 @@ GOLDEN = ROOT / "tests" / "golden" / "recipes"
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
 
 TEACHER_LAYERS = 4
+TEACHER_MLP = 32
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -112,13 +114,13 @@ def shrink(config: TrainConfig, small: Small, directory: Path, *, conversations:
         student = dataclasses.replace(
             student, model=dataclasses.replace(student.model, layers=student.model.layers[:2])
         )
-    if student.layers is not None:
-        student = dataclasses.replace(student, layers=min(student.layers, TEACHER_LAYERS - 1))
-    if student.keep:
-        depth = max(student.keep) + 1
-        student = dataclasses.replace(
-            student, keep=tuple(sorted({kept * TEACHER_LAYERS // depth for kept in student.keep}))
-        )
+    layers, mlp = student.prune.layers, student.prune.mlp
+    if isinstance(layers, int):
+        layers = min(layers, TEACHER_LAYERS - 1)
+    elif layers is not None:
+        depth = max(layers) + 1
+        layers = tuple(sorted({kept * TEACHER_LAYERS // depth for kept in layers}))
+    student = dataclasses.replace(student, prune=Target(layers=layers, mlp=mlp and TEACHER_MLP // 2))
     data = dataclasses.replace(
         data,
         path=small.conversations if conversations else small.text,
@@ -192,7 +194,7 @@ def test_trains_two_steps_when_shrunk(name, small, tmp_path):
 
 def test_shrinking_keeps_what_a_recipe_is_about(small, tmp_path):
     pod = shrink(load(RECIPES["llama31_8b_to_4b"]), small, tmp_path, conversations=False)
-    assert pod.student.keep == (0, 1, 3)  # layers 0-14 and 31 of 32, on four layers
+    assert pod.student.prune.layers == (0, 1, 3)  # layers 0-14 and 31 of 32, on four layers
     assert pod.student.execution.remat == "block"
     assert pod.teacher.parameter_dtype == "bfloat16"
     assert pod.data.prepend_bos

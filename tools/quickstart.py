@@ -109,7 +109,7 @@ def plan(options: Quickstart, paths: dict[str, Path], *, spent: float) -> Any:
     if earlier.exists():  # a resumed run keeps the plan that it began with
         return dataclasses.replace(config, steps=json.loads(earlier.read_text())["steps"])
     teacher, length = open_config(options.out / "teacher"), config.data.length
-    student = teacher.keep_layers(tuple(range(config.student.layers)))
+    student = config.student.prune.resize(teacher)
     forward = forward_flops(teacher, length)
     step = config.data.batch_size * length * (forward + training_flops(student, length, frozen=["embedding.kernel"]))
     evaluation = share(options) * EVALUATED_TOKENS * (forward + 2 * forward_flops(student, length))
@@ -128,10 +128,10 @@ def share(options: Quickstart) -> float:
 def open_models(teacher: Path, result: Any) -> dict[str, Any]:
     """Teacher, the student before training, and after."""
     from jaxdistill.checkpoint.open import Model, open_model
-    from jaxdistill.models.schema import take_layers
+    from jaxdistill.prune.slice import prune_model
 
     original = open_model(teacher)
-    shape, params = take_layers(original.config, original.params, result.kept)
+    shape, params = prune_model(original.config, original.params, result.plan)
     return {
         "teacher": original,
         "untrained": Model(shape, params, original.tokenizer),

@@ -33,6 +33,13 @@ TAP_POINTS = ("input", "mixer_normed", "query", "key", "value", "heads", "ffn_no
 projection reads, [batch, length, heads, head_dim]. "mlp": what the down projection reads, [batch, length, mlp].
 """
 
+GATE_POINTS = ("mixer_normed", "heads", "ffn_normed", "mlp", "layer")
+"""Where a layer's parts may be multiplied by factors; "layer" is all that it adds to the residual stream."""
+
+Gates = Mapping[str, Mapping[str, Array]]
+"""Factors of what parts of a model hand on: by segment ("0", "1", …) and point, [layers, batch or 1, parts]; a "layer"
+has one part. 1 changes nothing, 0 is the model without the part, and a gradient tells what the part is worth."""
+
 Remat = Literal["none", "dots", "block"]
 
 
@@ -96,24 +103,28 @@ def apply(
     layout: Layout = Layout(),
     execution: Execution = Execution(),
     taps: Mapping[str, Tap] | None = None,
+    gates: Gates | None = None,
 ) -> Outputs:
     """Hidden states after the final norm for whole rows, and the head that turns them into scores.
 
     A token sees the tokens before it in its row that have its segment id; `positions` enter the rotary embedding
     only. `taps` maps a name of the caller's choice to a `Tap`; its result is in `Outputs.taps`, stacked over layers.
+    `gates` multiply what the named parts hand on, before it is tapped.
     Hidden states are in the activation dtype; at padding they are finite and mean nothing.
     """
-    taps = dict(taps or {})
+    taps, gates = dict(taps or {}), dict(gates or {})
     _check_taps(config, taps)
+    _check_gates(config, gates)
     context = _context(config, rows, _row_attention(rows, layout), layout, execution)
     mask = (rows.segment_ids > 0).astype(jnp.float32)
     x = _embed(params, rows.tokens, layout, execution)
     seen: dict[str, list[Any]] = {name: [] for name in taps}
-    for first, last, spec, layers in _runs(config, params, taps):
+    for first, last, spec, layers in _runs(config, params, taps, gates):
         active = {name: tap for name, tap in taps.items() if _taps_layer(tap, first)}
 
-        def body(x: Array, layer: Params, spec=spec, active=active) -> tuple[Array, dict[str, Any]]:
-            x, points = _merge(spec, config, layer)(x, context)
+        def body(x: Array, layer: tuple[Params, Any], spec=spec, active=active) -> tuple[Array, dict[str, Any]]:
+            parameters, factors = layer
+            x, points = _merge(spec, config, parameters)(x, dataclasses.replace(context, gates=factors))
             return x, {name: tap.reduce({p: points[p] for p in tap.points}, mask) for name, tap in active.items()}
 
         x, results = jax.lax.scan(_rematerialised(body, execution.remat), x, layers, length=last - first)
@@ -281,14 +292,14 @@ def _taps_layer(tap: Tap, layer: int) -> bool:
     return tap.layers is None or layer in tap.layers
 
 
-def _runs(config: ModelConfig, params: Params, taps: Mapping[str, Tap]):
-    """Maximal runs of equal layers with the same taps, as (first, past the last, spec, their stacked parameters).
+def _runs(config: ModelConfig, params: Params, taps: Mapping[str, Tap], gates: Gates):
+    """Maximal runs of equal layers with the same taps, as (first, past the last, spec, (stacked parameters, gates)).
 
     A scan returns something for each of its layers; cutting segments where taps begin and end is what keeps the
     memory of a tap to the layers that it asked for, forward and backward.
     """
     for segment, (start, stop) in enumerate(segment_bounds(config)):
-        stacked = params["segments"][str(segment)]
+        stacked = params["segments"][str(segment)], dict(gates.get(str(segment), {}))
         first = start
         for layer in range(start + 1, stop + 1):
             same = layer < stop and all(_taps_layer(t, layer) == _taps_layer(t, first) for t in taps.values())
@@ -311,6 +322,18 @@ def _check_taps(config: ModelConfig, taps: Mapping[str, Tap]) -> None:
             raise ValueError(
                 f"tap {name!r} asks for the layers {layers}; allowed are increasing indices from 0 to {depth - 1}, "
                 "or None for all."
+            )
+
+
+def _check_gates(config: ModelConfig, gates: Gates) -> None:
+    segments = {str(i): size for i, (size, _) in enumerate(config.segments)}
+    for segment, factors in gates.items():
+        wrong = {point: f.shape for point, f in factors.items() if point not in GATE_POINTS or f.ndim != 3}
+        if segment not in segments or wrong or any(f.shape[0] != segments[segment] for f in factors.values()):
+            shapes = {point: f.shape for point, f in factors.items()}
+            raise ValueError(
+                f"gates of segment {segment!r} are {shapes}; allowed are the segments {sorted(segments)}, the points "
+                f"{GATE_POINTS}, and shapes [layers of the segment, batch or 1, parts]."
             )
 
 

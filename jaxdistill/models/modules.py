@@ -45,6 +45,15 @@ class Context:
     attend: Attend
     layout: Layout
     dtype: jnp.dtype
+    gates: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    """Of the layer that runs: factors [batch or 1, parts] of what its parts hand on, by point."""
+
+    def gated(self, point: str, value: Float[Array, "batch length parts ..."]) -> Array:
+        """The value, each part times its factor where there is one."""
+        if point not in self.gates:
+            return value
+        factor = self.gates[point].astype(value.dtype)
+        return value * factor.reshape(factor.shape[0], 1, factor.shape[1], *(1,) * (value.ndim - 3))
 
 
 def parameter(shape: tuple[int, ...], axes: Axes, initializer: Initializer) -> nnx.Param:
@@ -110,12 +119,12 @@ class AttentionMixer(nnx.Module):
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
         table = context.ropes[self.spec.rope, self.spec.head_dim]
         constrain = context.layout.constrain
-        normed = self.norm(x, context.dtype)
+        normed = context.gated("mixer_normed", self.norm(x, context.dtype))
         query = constrain(rotate(self.query(normed, context), table), ("batch", "length", "heads", None))
         key = constrain(rotate(self.key(normed, context), table), ("batch", "length", "kv_heads", None))
         value = constrain(self.value(normed, context), ("batch", "length", "kv_heads", None))
         heads, memory = context.attend(query, key, value)
-        heads = constrain(heads, ("batch", "length", "heads", None))
+        heads = context.gated("heads", constrain(heads, ("batch", "length", "heads", None)))
         points = {"mixer_normed": normed, "query": query, "key": key, "value": value, "heads": heads}
         return self.output(heads, context), {**points, "memory": memory}
 
@@ -132,9 +141,9 @@ class GatedFFN(nnx.Module):
         self.down = Linear((mlp, embed), ("mlp", "embed"), inputs=1, bias=spec.bias, scale=residual_scale(config))
 
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
-        normed = self.norm(x, context.dtype)
+        normed = context.gated("ffn_normed", self.norm(x, context.dtype))
         mlp = ACTIVATIONS[self.spec.activation](self.gate(normed, context)) * self.up(normed, context)
-        mlp = context.layout.constrain(mlp, ("batch", "length", "mlp"))
+        mlp = context.gated("mlp", context.layout.constrain(mlp, ("batch", "length", "mlp")))
         return self.down(mlp, context), {"ffn_normed": normed, "mlp": mlp}
 
 
@@ -150,6 +159,8 @@ class Block(nnx.Module):
         middle = x + mixed
         transformed, ffn_points = self.ffn(middle, context)
         output = context.layout.constrain(middle + transformed, ("batch", "length", None))
+        if "layer" in context.gates:
+            output = x + context.gated("layer", output - x)
         return output, {"input": x, **mixer_points, **ffn_points, "output": output}
 
 

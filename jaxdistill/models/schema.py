@@ -208,18 +208,6 @@ def unstack(config: ModelConfig, params: Params) -> dict[str, Any]:
     return flat
 
 
-def take_layers(config: ModelConfig, params: Params, kept: tuple[int, ...]) -> tuple[ModelConfig, Params]:
-    """The model with only the layers `kept` (increasing indices), whatever segments it had and then has."""
-    smaller = config.keep_layers(kept)
-    flat = unstack(config, params)
-    taken = {}
-    for name in _schema(smaller):
-        first, *rest = name.split(".")
-        source = ".".join(("layers", str(kept[int(rest[0])]), *rest[1:])) if first == "layers" else name
-        taken[name] = flat[source]
-    return smaller, stack(smaller, taken)
-
-
 def count_parameters(config: ModelConfig) -> int:
     """How many numbers the model has; a tied head is counted once."""
     return sum(math.prod(spec.shape) for spec in _schema(config).values())

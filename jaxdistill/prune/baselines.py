@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
+from jaxdistill.models.schema import leaf_at, stacked_schema
 from jaxdistill.prune.choose import Target
 from jaxdistill.prune.importance import Importance
 from jaxdistill.specs import WIDTH_AXES, ModelConfig
+from jaxdistill.types import Params
 
 ScoreOf = Callable[[str, int | None, int], np.ndarray]
 """From an axis, its layer (None: the whole model's) and its size to a score for each part."""
@@ -43,34 +48,33 @@ def even_importance(config: ModelConfig, target: Target) -> Importance:
     return _scored(config, even)
 
 
-def weight_magnitude(
-    config: ModelConfig, weights: Mapping[str, np.ndarray], axes: Mapping[str, tuple[str, ...]]
-) -> Importance:
-    """Scores by the L2 norm of all weights that belong to a part.
+def weight_magnitude(config: ModelConfig, params: Params) -> Importance:
+    """Scores by the L2 norm of all weights that belong to a part, layers by all their weights; on any mesh."""
 
-    weights: the per-layer view of a model (`models.schema.unstack`). axes: the name of each axis of each weight. Layers
-    are scored by all their weights.
-    """
+    @jax.jit
+    def squares(params: Params) -> dict[str, dict[str, Array]]:
+        found: dict[str, dict[str, Array]] = {}
+        for path, leaf in stacked_schema(config).items():
+            values = jnp.square(leaf_at(params, path).astype(jnp.float32))
+            for axis in ("embed", "layers", *WIDTH_AXES):
+                if axis not in leaf.axes:
+                    continue
+                keep = [at for at, name in enumerate(leaf.axes) if name in (axis, "layers")]
+                sums = values.sum([at for at in range(values.ndim) if at not in keep])
+                place = "model" if axis == "embed" else path[1]
+                # One choice of channels for the whole model; each layer has its own of everything else.
+                sums = sums.sum(0) if axis == "embed" and leaf.stacked else sums
+                total = found.setdefault(place, {})
+                total[axis] = total[axis] + sums if axis in total else sums
+        return found
 
-    def norms(axis: str, layer: int | None, size: int) -> np.ndarray:
-        prefix = "" if layer is None else f"layers.{layer}."
-        total = np.zeros(size)
-        for name, weight in weights.items():
-            if name.startswith(prefix) and axis in axes[name]:
-                others = tuple(i for i, other in enumerate(axes[name]) if other != axis)
-                total += np.square(np.asarray(weight, np.float64)).sum(others)
-        return np.sqrt(total)
-
-    def score(axis: str, layer: int | None, size: int) -> np.ndarray:
-        if axis != "layers":
-            return norms(axis, layer, size)
-        sums = [
-            sum(np.square(np.asarray(w, np.float64)).sum() for n, w in weights.items() if n.startswith(f"layers.{i}."))
-            for i in range(size)
-        ]
-        return np.sqrt(np.asarray(sums))
-
-    return _scored(config, score)
+    found = jax.tree.map(lambda x: np.sqrt(np.asarray(x, np.float64)), squares(params))
+    segments = [found[str(i)] for i in range(len(config.segments))]
+    return Importance(
+        embed=found["model"]["embed"],
+        layers=np.concatenate([each["layers"] for each in segments]),
+        widths={axis: tuple(row for each in segments for row in each[axis]) for axis in WIDTH_AXES},
+    )
 
 
 def _scored(config: ModelConfig, score: ScoreOf) -> Importance:

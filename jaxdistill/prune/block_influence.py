@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdistill.types import Mean, Tap
 
@@ -22,11 +21,3 @@ def block_influence_tap() -> Tap:
         return Mean(jnp.where(mask > 0, 1 - cosine, 0.0).sum(), mask.sum())
 
     return Tap(points=("input", "output"), reduce=reduce)
-
-
-def most_influential(influence: np.ndarray, keep: int) -> tuple[int, ...]:
-    """The indices of the `keep` layers with the highest influence, in the model's order; of equals the earlier one."""
-    if not 1 <= keep <= len(influence):
-        raise ValueError(f"cannot keep {keep} layers of {len(influence)}; choose from 1 to {len(influence)}.")
-    order = np.argsort(-np.asarray(influence), kind="stable")
-    return tuple(sorted(int(layer) for layer in order[:keep]))

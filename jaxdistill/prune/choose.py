@@ -8,42 +8,71 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxdistill.prune.importance import Importance
-from jaxdistill.prune.plan import Indices, PrunePlan, Shape
-from jaxdistill.specs import ModelConfig
+from jaxdistill.prune.plan import Indices, PrunePlan, Shape, check_indices
+from jaxdistill.specs import WIDTH_AXES, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
     """The sizes of the smaller model; None keeps an axis as it is.
 
-    mlp: one size for all kept layers, or one for each. heads and kv_heads count per layer; with fewer kv_heads and
-    heads None, the query heads of a dropped key-value head go with it.
+    layers: how many, or exactly which. mlp: one size for all kept layers, or one for each. heads and kv_heads count per
+    layer; with fewer kv_heads and heads None, the query heads of a dropped key-value head go with it.
     """
 
-    layers: int | None = None
+    layers: int | tuple[int, ...] | None = None
     embed: int | None = None
     mlp: int | tuple[int, ...] | None = None
     heads: int | None = None
     kv_heads: int | None = None
 
+    @property
+    def changes_nothing(self) -> bool:
+        return self == Target()
 
-def choose(config: ModelConfig, scores: Importance, target: Target, *, sort: bool = False) -> PrunePlan:
+    @property
+    def needs_scores(self) -> bool:
+        """Whether something is left to choose."""
+        return isinstance(self.layers, int) or self != Target(layers=self.layers)
+
+    def resize(self, config: ModelConfig) -> ModelConfig:
+        """The shape of the smaller model, whichever parts are chosen; of layers that differ the first ones are taken.
+
+        Raises ValueError for sizes that the model does not have.
+        """
+        return choose(config, equal_importance(config), self).resize(config)
+
+
+def equal_importance(config: ModelConfig) -> Importance:
+    """Scores by which the first parts of each axis are kept."""
+    return Importance(
+        embed=np.zeros(config.embed),
+        layers=np.zeros(len(config.layers)),
+        widths={axis: tuple(np.zeros(layer.widths[axis]) for layer in config.layers) for axis in WIDTH_AXES},
+    )
+
+
+def choose(
+    config: ModelConfig, scores: Importance, target: Target, *, sort: bool = False, merge_heads: bool = False
+) -> PrunePlan:
     """The plan that keeps the parts with the highest scores; of equals the earlier one.
 
     Channels are ranked once for the whole model, neurons and heads in each layer, query heads inside the group of
     their key-value head. Kept parts stay in the model's order; with `sort` they stand in falling order of importance,
     so that every prefix of an axis is the best choice of that size (nested models). Layers always keep their order.
-    Raises ValueError for sizes that the model does not have.
+    merge_heads: dropped query heads leave a residual in kept ones, see `PrunePlan.head_partners`. Raises ValueError for
+    sizes that the model does not have.
     """
-    depth = len(config.layers)
-    layers = tuple(sorted(_best("layers", scores.layers, depth if target.layers is None else target.layers)))
+    layers = _layers(scores, target)
     widths: dict[str, list[Indices]] = {"kv_heads": [], "heads": [], "mlp": []}
+    partners: list[Indices] = []
     for layer, mlp in zip(layers, _mlp_sizes(config, target, layers), strict=True):
         spec = config.layers[layer].mixer
         given = {axis: values[layer] for axis, values in scores.widths.items()}
         groups, heads = _heads(spec.heads, spec.kv_heads, given, target, sort=sort)
         widths["kv_heads"].append(groups)
         widths["heads"].append(heads)
+        partners.append(_partners(heads, spec.heads // spec.kv_heads, given["heads"]) if merge_heads else heads)
         widths["mlp"].append(_ordered(_best(f"mlp of layer {layer}", given["mlp"], mlp), sort))
     embed = _best("embed", scores.embed, config.embed if target.embed is None else target.embed)
     return PrunePlan(
@@ -51,7 +80,16 @@ def choose(config: ModelConfig, scores: Importance, target: Target, *, sort: boo
         layers=layers,
         embed=_ordered(embed, sort),
         widths={axis: tuple(chosen) for axis, chosen in widths.items()},
+        head_partners=tuple(partners) if merge_heads else (),
     )
+
+
+def _layers(scores: Importance, target: Target) -> Indices:
+    depth = len(scores.layers)
+    if isinstance(target.layers, tuple):
+        check_indices("layers", target.layers, depth)
+        return target.layers
+    return tuple(sorted(_best("layers", scores.layers, depth if target.layers is None else target.layers)))
 
 
 def _mlp_sizes(config: ModelConfig, target: Target, layers: Sequence[int]) -> tuple[int, ...]:
@@ -83,6 +121,19 @@ def _heads(
         best = _best(f"query heads of key-value head {group}", own, keep // keep_groups)
         chosen += [group * size + head for head in _ordered(best, sort)]
     return groups, tuple(chosen)
+
+
+def _partners(kept: Indices, group_size: int, scores: np.ndarray) -> Indices:
+    """For each kept query head the head whose residual it takes: in its group, the worst kept one that of the best
+    dropped one, the next better one that of the next, as far as there are any; itself where there is none."""
+    partner = {head: head for head in kept}
+    for group in sorted({head // group_size for head in kept}):
+        own = range(group * group_size, (group + 1) * group_size)
+        ranked = [own[i] for i in _best("query heads", scores[own.start : own.stop], group_size)]
+        worst_first = [head for head in reversed(ranked) if head in partner]
+        dropped = [head for head in ranked if head not in partner]
+        partner |= dict(zip(worst_first, dropped, strict=False))
+    return tuple(partner[head] for head in kept)
 
 
 def _best(name: str, scores: np.ndarray, keep: int) -> Indices:

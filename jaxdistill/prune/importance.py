@@ -37,6 +37,7 @@ class Moments:
     rows: Any
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Importance:
     """A score for each part of a model; more is more important. Only their order within an axis (and, but for the
@@ -45,9 +46,9 @@ class Importance:
     embed: [embed]. layers: [layers]. widths: by axis of `specs.WIDTH_AXES`, an array for each layer.
     """
 
-    embed: np.ndarray
-    layers: np.ndarray
-    widths: Mapping[str, tuple[np.ndarray, ...]]
+    embed: Any
+    layers: Any
+    widths: Mapping[str, tuple[Any, ...]]
 
 
 def importance_taps(config: ModelConfig, *, sequence: Aggregation = "mean") -> dict[str, Tap]:

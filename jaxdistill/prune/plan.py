@@ -1,6 +1,6 @@
 """What is kept of a model: indices by axis and layer, as data that can be read, edited, saved and checked.
 
-A plan knows axes by the names that parameters give them, never a family. `models.slice` applies it.
+A plan knows axes by the names that parameters give them, never a family. `prune.slice` applies it.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ class PrunePlan:
     source: the shape of the model that the indices belong to. layers: increasing. embed: one choice for the whole
     model, since the residual stream runs through all of it. widths: for each of the axes `specs.WIDTH_AXES`, one choice
     for each kept layer; query heads stand in the order of their key-value heads, equally many for each.
+    head_partners: empty, or for each kept layer and query head the head of its group whose residual its query weights
+    take (W becomes W + (W - W of the partner)); itself where nothing changes.
     """
 
     source: Shape
     layers: Indices
     embed: Indices
     widths: Mapping[str, tuple[Indices, ...]]
+    head_partners: tuple[Indices, ...] = ()
 
     def __post_init__(self):
-        _check_indices("layers", self.layers, len(self.source.layers))
+        check_indices("layers", self.layers, len(self.source.layers))
         if list(self.layers) != sorted(self.layers):
             raise ValueError(f"layers to keep are {self.layers}; give them in increasing order.")
-        _check_indices("embed", self.embed, self.source.embed)
+        check_indices("embed", self.embed, self.source.embed)
         for axis, choices in self.widths.items():
             if len(choices) != len(self.layers):
                 raise ValueError(
@@ -62,13 +65,18 @@ class PrunePlan:
                     raise ValueError(
                         f"layer {layer} has no axis {axis!r}; its axes are {sorted(self.source.layers[layer])}."
                     )
-                _check_indices(f"{axis} of layer {layer}", chosen, self.source.layers[layer][axis])
+                check_indices(f"{axis} of layer {layer}", chosen, self.source.layers[layer][axis])
         if "heads" in self.widths:
             self._check_groups()
 
     def _check_groups(self) -> None:
         """Each kept key-value head keeps equally many of its own query heads."""
-        for layer, heads, groups in zip(self.layers, self.widths["heads"], self.widths["kv_heads"], strict=True):
+        partners = self.head_partners or self.widths["heads"]
+        if [len(each) for each in partners] != [len(each) for each in self.widths["heads"]]:
+            raise ValueError("head_partners does not give one head for each kept query head of each kept layer.")
+        for layer, heads, groups, others in zip(
+            self.layers, self.widths["heads"], self.widths["kv_heads"], partners, strict=True
+        ):
             sizes = self.source.layers[layer]
             group_size, kept = sizes["heads"] // sizes["kv_heads"], len(heads) // len(groups)
             owners = tuple(head // group_size for head in heads)
@@ -77,6 +85,11 @@ class PrunePlan:
                     f"layer {layer} keeps the query heads {heads} and the key-value heads {groups}; query head i "
                     f"belongs to key-value head i // {group_size}, and each kept one needs equally many of its own, "
                     "in its order."
+                )
+            if owners != tuple(head // group_size for head in others):
+                raise ValueError(
+                    f"layer {layer} gives the query heads {heads} the partners {others}; a head's partner is of its "
+                    f"own key-value head (head i belongs to i // {group_size})."
                 )
 
     def resize(self, config: ModelConfig) -> ModelConfig:
@@ -96,6 +109,19 @@ class PrunePlan:
                 f"the plan was made for a model of {self.source}; this one has {given}. Make a plan for this model."
             )
 
+    def summary(self) -> str:
+        """What is kept, in a few words."""
+        depth, parts = len(self.source.layers), []
+        if len(self.layers) < depth:
+            parts.append(f"layers {_written(self.layers)}")
+        if len(self.embed) < self.source.embed:
+            parts.append(f"{len(self.embed)} of {self.source.embed} channels")
+        for axis, choices in self.widths.items():
+            sizes = sorted({len(chosen) for chosen in choices})
+            if any(len(c) < self.source.layers[at][axis] for at, c in zip(self.layers, choices, strict=True)):
+                parts.append(f"{axis} {' or '.join(map(str, sizes))}")
+        return ", ".join(parts) or "everything"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, runs of indices as "first-last"."""
         return {
@@ -103,6 +129,7 @@ class PrunePlan:
             "layers": _written(self.layers),
             "embed": _written(self.embed),
             "widths": {axis: [_written(chosen) for chosen in choices] for axis, choices in self.widths.items()},
+            "head_partners": [_written(partners) for partners in self.head_partners],
         }
 
     @classmethod
@@ -115,6 +142,7 @@ class PrunePlan:
                 layers=_read(document["layers"]),
                 embed=_read(document["embed"]),
                 widths={axis: tuple(map(_read, choices)) for axis, choices in document["widths"].items()},
+                head_partners=tuple(map(_read, document.get("head_partners", ()))),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -149,12 +177,13 @@ def whole_plan(config: ModelConfig) -> PrunePlan:
 def depth_plan(config: ModelConfig, kept: Sequence[int]) -> PrunePlan:
     """The plan that keeps some layers, each whole."""
     whole, kept = whole_plan(config), tuple(kept)
-    _check_indices("layers", kept, len(config.layers))
+    check_indices("layers", kept, len(config.layers))
     widths = {axis: tuple(choices[layer] for layer in kept) for axis, choices in whole.widths.items()}
     return dataclasses.replace(whole, layers=kept, widths=widths)
 
 
-def _check_indices(name: str, indices: Indices, size: int) -> None:
+def check_indices(name: str, indices: Indices, size: int) -> None:
+    """Refuses anything but one or more different indices below a size."""
     if not indices or len(set(indices)) != len(indices) or min(indices) < 0 or max(indices) >= size:
         shown = _written(indices) if len(indices) < 50 else f"{len(indices)} indices up to {max(indices)}"
         raise ValueError(

@@ -10,6 +10,9 @@ from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.terms import ForwardKL, Term
 from jaxdistill.models.decoder import Execution
 from jaxdistill.optimizer import AdamW, Optimizer, WarmupCosine
+from jaxdistill.prune.choose import Target
+from jaxdistill.prune.measure import Activations, Scorer
+from jaxdistill.prune.slice import NormRepair
 from jaxdistill.sharding import DEFAULT_RULES, MeshConfig, Rules
 from jaxdistill.specs import ModelConfig
 
@@ -36,10 +39,16 @@ class StudentConfig:
 
     path: str | None = None
     """The model to start from; None is the teacher."""
-    layers: int | None = None
-    """Keep this many layers, those of highest Block Influence on the first training batches; None keeps all."""
-    keep: tuple[int, ...] = ()
-    """Keep exactly these layers, instead of `layers`."""
+    prune: Target = dataclasses.field(default_factory=Target)
+    """Its sizes, where they are smaller: the most important parts are kept, as measured before the first step."""
+    scorer: Scorer = dataclasses.field(default_factory=Activations)
+    """What importance is."""
+    calibration_batches: int = 16
+    """Training batches that importance is measured on."""
+    plan: str | None = None
+    """Cut it by this file (see `jaxdistill prune`) instead of `prune`."""
+    norm_repair: NormRepair = "none"
+    """What becomes of norms when channels go (`prune.slice.prune_model`)."""
     model: ModelConfig | None = None
     """A fresh model of this shape, instead of one on disk."""
     tokenizer: str | None = None
@@ -53,12 +62,12 @@ class StudentConfig:
         sources = [n for n in ("path", "model") if getattr(self, n) is not None]
         if len(sources) > 1:
             raise ValueError("StudentConfig.path and StudentConfig.model are both given; a student starts from one.")
-        if self.layers is not None and self.keep:
-            raise ValueError("StudentConfig.layers and StudentConfig.keep are both given; say how many, or which.")
-        if self.layers is not None and self.layers < 1:
-            raise ValueError(f"StudentConfig.layers is {self.layers}; a student keeps at least 1 layer.")
-        if self.model is not None and (self.layers is not None or self.keep):
-            raise ValueError("StudentConfig.model gives its own layers; leave out `layers` and `keep`.")
+        if self.plan is not None and not self.prune.changes_nothing:
+            raise ValueError("StudentConfig.plan and StudentConfig.prune are both given; a plan has its own sizes.")
+        if self.model is not None and (self.plan is not None or not self.prune.changes_nothing):
+            raise ValueError("StudentConfig.model is made fresh in its own sizes; leave out `prune` and `plan`.")
+        if self.calibration_batches < 1:
+            raise ValueError(f"StudentConfig.calibration_batches is {self.calibration_batches}; it must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,7 @@ class HeldOutConfig:
     split: str = "test"
     """The split, where `path` is a TFDS directory."""
     every: int = 100
-    """Steps between evaluations. Every checkpoint is evaluated too, so that the best one is known."""
+    """Steps between evaluations. The start and every checkpoint are evaluated too, so that the best one is known."""
     windows: int = 64
     """Rows of DataConfig.length tokens, from the beginning of the text."""
 

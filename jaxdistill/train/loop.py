@@ -28,8 +28,9 @@ from jaxdistill.data.packing import to_arrays
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.pipeline import Loader, make_loader
 from jaxdistill.formats.paths import local_path, write_text
-from jaxdistill.models.export import write_hf
+from jaxdistill.models.export import check_exportable, write_hf
 from jaxdistill.models.schema import count_parameters
+from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.specs import ModelConfig
 from jaxdistill.tokenizers import Tokenizer
 from jaxdistill.train import progress
@@ -45,6 +46,8 @@ from jaxdistill.train.setup import (
 from jaxdistill.train.stop import stop_requests
 from jaxdistill.types import Mean, Params, TrainState
 
+PLAN_NAME = "plan.json"
+
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on; the message names the last good checkpoint."""
@@ -52,19 +55,15 @@ class TrainingStopped(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Where a run ended. student: the exported model, None when it was stopped or nothing is exported. kept: the layers
-    of the original that the student has, None when it is whole or fresh."""
+    """Where a run ended. student: the exported model, None when it was stopped or nothing is exported. plan: what the
+    student has of the original, None when it is whole or fresh."""
 
     directory: Path
     step: int
     student: Path | None
-    kept: tuple[int, ...] | None
+    plan: PrunePlan | None
     held_out: dict[str, float]
     seconds: dict[str, float]
-
-
-CALIBRATION_BATCHES = 2
-"""Training batches that Block Influence is measured on."""
 
 
 def train(config: TrainConfig) -> Result:
@@ -104,7 +103,7 @@ class _Run:
         self.directory = directory
         self.say, self.clock = progress.Say(), progress.Clock()
         self.sinks: list[Any] = []
-        self.kept: tuple[int, ...] | None = tuple(saved["kept"]) if saved.get("kept") else None
+        self.plan = self._saved_plan() if saved.get("pruned") else None
         self.held_out: dict[str, float] = saved.get("held_out", {})
         self.evaluated_at: int | None = None
         self.seconds_before: float = saved.get("seconds", 0.0)
@@ -129,13 +128,14 @@ class _Run:
             self.held_out_batches = held_out_batches(config, tokenizer)
         with self.clock.measure("open models"):
             teacher = open_teacher(config, places)
-        if self.kept is not None:
-            # The layers were chosen when the run began; another measurement could choose others.
-            chosen = dataclasses.replace(config.student, layers=None, keep=self.kept)
-            config = dataclasses.replace(config, student=chosen)
         with self.clock.measure("make the student"):
-            student = make_student(config, teacher, places, self._calibration(tokenizer))
-        self.kept = student.kept
+            # A resumed run keeps the plan that it began with: another measurement could choose other parts.
+            student = make_student(
+                config, teacher, places, self._calibration(tokenizer), plan=self.plan, progress=self._calibrated
+            )
+        self.plan = student.plan
+        if config.export == "huggingface" and student.config.homogeneous:
+            check_exportable(student.config)
         self.programs = Programs(config, student, teacher, places)
         with self.clock.measure("start state"):
             self.state, self.step = self._first_state(student.trainable, resumed), resumed or 0
@@ -154,8 +154,20 @@ class _Run:
     def _calibration(self, tokenizer: Tokenizer) -> Iterator[dict[str, np.ndarray]]:
         """The first training batches, from a loader of their own: the run itself still begins at the beginning."""
         with contextlib.closing(self._loader(tokenizer)) as loader:
-            for _ in range(CALIBRATION_BATCHES):
+            for _ in range(self.config.student.calibration_batches):
                 yield next(loader)
+
+    def _calibrated(self, done: int, total: int) -> None:
+        if done == total or done % max(1, total // 4) == 0:
+            self.say.progress(f"measuring importance: batch {done}/{total}")
+
+    def _saved_plan(self) -> PrunePlan:
+        if not (self.directory / PLAN_NAME).exists():
+            raise ValueError(
+                f"{self.directory / PLAN_NAME} is missing, which says what of the original this run's student has; "
+                "put it back, or start a new run."
+            )
+        return PrunePlan.load(self.directory / PLAN_NAME)
 
     def _first_state(self, trainable: Params, resumed: int | None) -> TrainState:
         if resumed is None:
@@ -168,15 +180,17 @@ class _Run:
         if jax.process_index() == 0:
             write_text(self.directory / "config.json", json.dumps(as_document(self.config), indent=1) + "\n")
             write_text(self.directory / "versions.json", json.dumps(versions(), indent=1) + "\n")
+            if self.plan is not None:
+                self.plan.save(self.directory / PLAN_NAME)
 
     def _announce(self, resumed: int | None, teacher: ModelConfig | None) -> None:
         if teacher is not None:
             self.say(f"teacher: {describe(teacher)}")
-        kept = f", layers {_ranges(self.kept)} of the original" if self.kept else ""
+        kept = "" if self.plan is None else f"; of the original, {self.plan.summary()}"
         self.say(f"student: {describe(self.student.config)}{kept}")
         student = self.config.student
-        if teacher is not None and self.kept is None and student.path is None and student.model is None:
-            self.say("the student is the whole teacher; student.layers, keep, path and model make another one")
+        if teacher is not None and self.plan is None and student.path is None and student.model is None:
+            self.say("the student is the whole teacher; student.prune, plan, path and model make another one")
         self.say(
             f"{self.config.steps} steps of {self.config.data.batch_size} x {self.config.data.length} tokens on "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
@@ -225,6 +239,9 @@ class _Run:
         config, first = self.config, self.step
         skipped_in_a_row = int(self.state.skipped[0])
         floor_seconds = self._floor_seconds()
+        if first == 0 and self.held_out_batches:
+            self._evaluate_held_out()  # what the student is before it learns
+        evaluating = self.clock.parts.get("evaluate held-out", 0.0)
         self.began, interval = time.perf_counter(), progress.Interval()
         under_way: list[dict[str, Any]] = []
 
@@ -263,7 +280,8 @@ class _Run:
                 interval = progress.Interval()
         if under_way or interval.steps:
             line()
-        self.clock.parts["train"] = time.perf_counter() - self.began - self.clock.parts.get("evaluate held-out", 0.0)
+        evaluating = self.clock.parts.get("evaluate held-out", 0.0) - evaluating
+        self.clock.parts["train"] = time.perf_counter() - self.began - evaluating
         if self.saved_at != self.step:
             self._save()
 
@@ -335,7 +353,7 @@ class _Run:
         info = {
             "config": as_document(self.config),
             "versions": versions(),
-            "kept": list(self.kept) if self.kept else None,
+            "pruned": self.plan is not None,
             "held_out": progress.finite(self.held_out),
             "seconds": self._seconds(),
             # What all processes have in common; each saves its own shards.
@@ -390,7 +408,7 @@ class _Run:
         return self._result(student)
 
     def _result(self, student: Path | None) -> Result:
-        return Result(self.directory, self.step, student, self.kept, self.held_out, dict(self.clock.parts))
+        return Result(self.directory, self.step, student, self.plan, self.held_out, dict(self.clock.parts))
 
 
 def held_out_batches(config: TrainConfig, tokenizer: Tokenizer) -> list[dict[str, np.ndarray]]:
@@ -434,14 +452,3 @@ def _git_revision() -> str | None:
     except OSError:
         return None  # no git here
     return git.stdout.strip() or None
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """0-9, 12, 20-29."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

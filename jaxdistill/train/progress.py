@@ -69,6 +69,8 @@ class MetricsFile:
     """RUN/metrics.jsonl, one object per line; a resumed run continues it and drops lines of steps it will repeat."""
 
     def __init__(self, path: Path, *, from_step: int):
+        if path.exists() and from_step == 0:
+            path.unlink()  # nothing of it was saved
         if path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= from_step]
             write_text(path, "".join(kept))
@@ -102,7 +104,7 @@ class TensorBoard:
     def __init__(self, directory: Path, *, from_step: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), max_queue=100, purge_step=from_step + 1 if from_step else None)
+        self._writer = SummaryWriter(str(directory), max_queue=100, purge_step=from_step + 1 if from_step else 0)
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in _flat(record).items():

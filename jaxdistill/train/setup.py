@@ -18,16 +18,19 @@ from jaxdistill.assets import cache_directory
 from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
-from jaxdistill.models.decoder import Execution, apply
+from jaxdistill.models.decoder import apply
 from jaxdistill.models.flops import forward_flops, training_flops
-from jaxdistill.models.schema import init_params, param_shardings, take_layers
-from jaxdistill.prune.block_influence import block_influence_tap, most_influential
+from jaxdistill.models.schema import init_params, param_shardings
+from jaxdistill.prune.choose import choose, equal_importance
+from jaxdistill.prune.measure import Calibration, Progress
+from jaxdistill.prune.plan import PrunePlan
+from jaxdistill.prune.slice import prune_model
 from jaxdistill.sharding import Layout, make_mesh, put_batch, put_global_batch
 from jaxdistill.specs import ModelConfig
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
 from jaxdistill.tokenizers import Tokenizer, load_tokenizer
 from jaxdistill.train.config import StudentConfig, TrainConfig
-from jaxdistill.types import Batch, Mean, Params, TrainState
+from jaxdistill.types import Batch, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Student:
     trainable: Params
     frozen: Params
     tokenizer: Tokenizer
-    kept: tuple[int, ...] | None
-    """The layers kept of the model it was made from; None when it is whole or fresh."""
+    plan: PrunePlan | None
+    """What was kept of the model it was made from; None when it is whole or fresh."""
 
 
 def enable_compilation_cache(choice: str | None) -> None:
@@ -75,11 +78,18 @@ def open_teacher(config: TrainConfig, places: Places) -> Model | None:
 
 
 def make_student(
-    config: TrainConfig, teacher: Model | None, places: Places, rows: Iterable[Mapping[str, np.ndarray]]
+    config: TrainConfig,
+    teacher: Model | None,
+    places: Places,
+    rows: Iterable[Mapping[str, np.ndarray]],
+    *,
+    plan: PrunePlan | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Student:
-    """The student at step 0: fresh, or (some layers of) a model on disk or the teacher.
+    """The student at step 0: fresh, or (a part of) a model on disk or the teacher.
 
-    rows: this process's part of calibration batches for Block Influence; only read when layers are chosen by it.
+    rows: this process's part of calibration batches; only read when parts are chosen by importance. plan: what is kept,
+    where that is known from before.
     """
     chosen = config.student
     if chosen.model is not None:
@@ -90,42 +100,55 @@ def make_student(
     if chosen.path is not None:
         source, layout = open_model(chosen.path, layout=places.student), places.student
     assert source is not None, "TrainConfig.check requires a model"
-    kept = chosen.keep or None
-    if chosen.layers is not None:
-        vocab = source.config.vocab
-        batches = (put_batch(places.student, as_batch(each, vocab=vocab)) for each in rows)
-        influence = layer_influence(source, layout, chosen.execution, batches)
-        kept = most_influential(influence, chosen.layers)
-    shape, params = (source.config, source.params) if kept is None else take_layers(source.config, source.params, kept)
-    if chosen.path is None:
+    plan = plan or _plan(chosen, source, layout, rows, progress)
+    shape, params = source.config, source.params
+    if plan is not None:
+        shape, params = prune_model(shape, params, plan, layout=places.student, norm_repair=chosen.norm_repair)
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    elif chosen.path is None:
         # The student's leaves are donated to the step: they must not be the teacher's own buffers.
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
-    params = jax.device_put(params, param_shardings(shape, places.student))
-    return _partitioned(config, shape, params, source.tokenizer, kept)
+        params = jax.device_put(params, param_shardings(shape, places.student))
+    return _partitioned(config, shape, params, source.tokenizer, plan)
 
 
-def layer_influence(model: Model, layout: Layout, execution: Execution, batches: Iterable[Batch]) -> np.ndarray:
-    """Block Influence of every layer, a mean over the tokens of all batches; [layers]."""
-
-    @jax.jit
-    def influence(params: Params, batch: Batch) -> Mean:
-        tapped = apply(
-            model.config, params, batch, layout=layout, execution=execution, taps={"influence": block_influence_tap()}
+def _plan(
+    chosen: StudentConfig,
+    source: Model,
+    layout: Layout,
+    rows: Iterable[Mapping[str, np.ndarray]],
+    progress: Progress,
+) -> PrunePlan | None:
+    """What the configuration keeps of a model; None when that is all of it."""
+    if chosen.plan is not None:
+        return PrunePlan.load(chosen.plan)
+    if chosen.prune.changes_nothing:
+        return None
+    chosen.prune.resize(source.config)  # sizes that the model lacks are refused before anything is measured
+    if not chosen.prune.needs_scores:
+        return choose(source.config, equal_importance(source.config), chosen.prune)
+    batches = [put_batch(layout, as_batch(each, vocab=source.config.vocab)) for each in rows]
+    scores = chosen.scorer(
+        Calibration(
+            config=source.config,
+            params=source.params,
+            batches=batches,
+            layout=layout,
+            execution=chosen.execution,
+            progress=progress,
         )
-        return tapped.taps["influence"]
-
-    parts = [jax.tree.map(lambda x: np.asarray(x, np.float64), influence(model.params, b)) for b in batches]
-    return np.asarray(functools.reduce(lambda a, b: a + b, parts).value)
+    )
+    return choose(source.config, scores, chosen.prune)
 
 
 def _partitioned(
-    config: TrainConfig, shape: ModelConfig, params: Params, tokenizer: Tokenizer, kept: tuple[int, ...] | None
+    config: TrainConfig, shape: ModelConfig, params: Params, tokenizer: Tokenizer, plan: PrunePlan | None
 ) -> Student:
     trainable, frozen = partition.split(params, partition.matches(config.student.trainable))
     if not trainable:
         known = ", ".join(list(partition.names(params))[:6])
         raise ValueError(f"no parameter matches student.trainable {config.student.trainable}; names are like {known}.")
-    return Student(shape, trainable, frozen, tokenizer, kept)
+    return Student(shape, trainable, frozen, tokenizer, plan)
 
 
 def shared_tokenizer(config: TrainConfig) -> Tokenizer:

@@ -89,18 +89,6 @@ def test_wrong_names_are_named():
         s.locate(MIXED, "layers.9.ffn.up.kernel")
 
 
-@pytest.mark.parametrize("kept", [(0, 4), (0, 1, 3), (2,), (1, 2, 3, 4)])
-def test_taking_layers_across_segments(kept):
-    per_layer = random_parameters(MIXED)
-    config, params = s.take_layers(MIXED, s.stack(MIXED, per_layer), kept)
-    assert config.layers == tuple(MIXED.layers[i] for i in kept)
-    for name, value in s.unstack(config, params).items():
-        parts = name.split(".")
-        if parts[0] == "layers":
-            parts[1] = str(kept[int(parts[1])])
-        np.testing.assert_array_equal(value, per_layer[".".join(parts)])
-
-
 def test_initial_values_depend_on_the_name_alone():
     def by_name(config, layout=Layout()):
         return s.unstack(config, s.init_params(config, jax.random.key(3), layout))

@@ -15,7 +15,9 @@ from jaxdistill.generate import generate
 from jaxdistill.models.decoder import Rows, apply, scores
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.load import read_model
-from jaxdistill.models.schema import take_layers, unstack
+from jaxdistill.models.schema import unstack
+from jaxdistill.prune.plan import depth_plan
+from jaxdistill.prune.slice import prune_model
 from jaxdistill.tokenizers.load import load_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
@@ -193,7 +195,7 @@ def test_greedy_generation_with_a_cache(ours, theirs, tokenizer):
 def test_student_cut_from_the_teacher_loads_in_transformers(ours, tokenizer, text, tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
-    config, params = take_layers(*ours, KEPT)
+    config, params = prune_model(*ours, depth_plan(ours[0], KEPT))
     folder = write_hf(
         tmp_path / "student", config, params, dtype="float32", tokenizer=tokenizer, max_shard_bytes=100_000_000
     )

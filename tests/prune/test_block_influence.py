@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-import pytest
 from tiny import llama, packed_batch
 
 from jaxdistill.models.decoder import apply
 from jaxdistill.models.schema import init_params
-from jaxdistill.prune.block_influence import block_influence_tap, most_influential
+from jaxdistill.prune.block_influence import block_influence_tap
 from jaxdistill.types import Tap
 
 CONFIG = llama(layers=3)
@@ -35,12 +34,3 @@ def test_padding_cannot_poison_it():
     values = {"input": np.array([[[1.0, 0.0], [np.nan, 1.0]]]), "output": np.array([[[0.0, 2.0], [np.inf, 1.0]]])}
     found = block_influence_tap().reduce(values, np.array([[1.0, 0.0]]))
     assert (float(found.total), float(found.count)) == (1.0, 1.0)  # a right angle
-
-
-def test_the_most_influential_layers_in_the_models_order():
-    influence = np.array([0.3, 0.1, 0.5, 0.3])
-    assert most_influential(influence, 1) == (2,)
-    assert most_influential(influence, 2) == (0, 2)  # of the two equals the earlier one
-    assert most_influential(influence, 4) == (0, 1, 2, 3)
-    with pytest.raises(ValueError, match="cannot keep 5 layers of 4; choose from 1 to 4"):
-        most_influential(influence, 5)

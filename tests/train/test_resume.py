@@ -27,7 +27,10 @@ from train_cases import (
 
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.open import open_model
-from jaxdistill.models.schema import take_layers
+from jaxdistill.prune.choose import Target
+from jaxdistill.prune.measure import Activations
+from jaxdistill.prune.plan import PrunePlan, depth_plan
+from jaxdistill.prune.slice import prune_model
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train import loop, setup
 from jaxdistill.train.config import CheckpointConfig, LogConfig, StudentConfig
@@ -82,22 +85,29 @@ def test_another_mesh_and_accumulation_go_on_within_rounding(files, whole, tmp_p
     assert saved(tmp_path, STEPS)[1] == saved(whole, STEPS)[1]
 
 
-def test_layers_are_chosen_once_and_then_come_from_the_checkpoint(files, tmp_path, monkeypatch):
-    config = files.config(tmp_path, student=StudentConfig(layers=2), steps=4)
-    kept = run(config, stop_after=2).kept
-    assert checkpoints(tmp_path).info(2)["kept"] == list(kept)
+def test_parts_are_chosen_once_and_then_come_from_the_runs_plan(files, tmp_path, monkeypatch):
+    config = files.config(
+        tmp_path, student=StudentConfig(prune=Target(layers=2, mlp=8), calibration_batches=2), steps=4
+    )
+    plan = run(config, stop_after=2).plan
+    assert len(plan.layers) == 2
+    assert [len(kept) for kept in plan.widths["mlp"]] == [8, 8]
+    assert PrunePlan.load(tmp_path / "plan.json") == plan
 
     def measured_again(*_):
-        raise AssertionError("the layers were measured again")
+        raise AssertionError("importance was measured again")
 
-    monkeypatch.setattr(setup, "layer_influence", measured_again)
-    assert run(config).kept == kept
-    # A run that finished before still knows them.
-    assert run(config).kept == kept
+    monkeypatch.setattr(Activations, "__call__", measured_again)
+    assert run(config).plan == plan
+    # A run that finished before still knows it.
+    assert run(config).plan == plan
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(ValueError, match=r"plan\.json is missing"):
+        run(config)
 
 
 def test_frozen_parts_are_made_again_and_do_not_move(files, tmp_path):
-    chosen = StudentConfig(keep=(0, 2), trainable=("*norm.scale",))
+    chosen = StudentConfig(prune=Target(layers=(0, 2)), trainable=("*norm.scale",))
     config = files.config(tmp_path, student=chosen, export="jaxdistill")
     run(config, stop_after=4)
     names = [name for name in saved(tmp_path, 4)[0] if name.startswith("params/student/")]
@@ -105,7 +115,7 @@ def test_frozen_parts_are_made_again_and_do_not_move(files, tmp_path):
     assert all(name.endswith("norm/scale") for name in names)
     student = open_model(run(config).student).params
     teacher = open_model(files.teacher)
-    _, initial = take_layers(teacher.config, teacher.params, (0, 2))
+    _, initial = prune_model(teacher.config, teacher.params, depth_plan(teacher.config, (0, 2)))
     assert np.array_equal(student["embedding"]["kernel"], initial["embedding"]["kernel"])
     assert not np.array_equal(student["final_norm"]["scale"], initial["final_norm"]["scale"])
 

@@ -23,6 +23,7 @@ from jaxdistill.losses.terms import CrossEntropy
 from jaxdistill.models.decoder import apply
 from jaxdistill.models.schema import abstract_params, init_params
 from jaxdistill.optimizer import Optax
+from jaxdistill.prune.choose import Target
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.tokenizers import load_tokenizer
 from jaxdistill.tokenizers.byte_level import ByteTokenizer
@@ -90,8 +91,8 @@ def test_every_checkpoint_is_evaluated_and_the_best_is_kept(files, tmp_path):
     )
     result = run(config)
     found = held_out_of(tmp_path)
-    assert list(found) == [3, 4, 6, 8]
-    assert found[3]["kl_nats"] < found[6]["kl_nats"] < found[8]["kl_nats"]
+    assert list(found) == [0, 3, 4, 6, 8]
+    assert found[0]["kl_nats"] < found[3]["kl_nats"] < found[6]["kl_nats"] < found[8]["kl_nats"]
     assert checkpoints(tmp_path).steps() == [3, 8]
     assert checkpoints(tmp_path).best() == 3
     assert checkpoints(tmp_path).info(3)["held_out"] == found[3]
@@ -129,11 +130,12 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_last_good_checkpoint(files
 
 def test_layers_of_highest_block_influence_are_kept(files, tmp_path):
     """1 - cos(input, output), averaged over the tokens of the first two training batches, by definition."""
-    kept = run(files.config(tmp_path, student=StudentConfig(layers=2), steps=1)).kept
+    student = StudentConfig(prune=Target(layers=2), calibration_batches=2)
+    kept = run(files.config(tmp_path, student=student, steps=1)).plan.layers
     loader = make_loader(files.config(tmp_path).data, load_tokenizer("bytes"))
     teacher = open_model(files.teacher)
     total, count = np.zeros(3), 0
-    for rows in (next(loader) for _ in range(loop.CALIBRATION_BATCHES)):
+    for rows in (next(loader) for _ in range(2)):
         streams = block_streams(teacher, Batch(**{k: jnp.asarray(v) for k, v in rows.items()}))
         real = rows["segment_ids"] > 0
         for layer in range(3):
@@ -162,7 +164,7 @@ def test_a_student_starts_from_its_own_path_and_finishes_as_a_model(files, tmp_p
     own = llama(vocab=264, layers=4)
     params = init_params(own, jax.random.key(5))
     save_model(tmp_path / "own", own, params, write_tokenizer=load_tokenizer("bytes").save)
-    chosen = StudentConfig(path=str(tmp_path / "own"), keep=(1, 3))
+    chosen = StudentConfig(path=str(tmp_path / "own"), prune=Target(layers=(1, 3)))
     config = files.config(
         tmp_path / "run", student=chosen, optimizer=Optax(optax.sgd(0.0)), steps=1, export="huggingface"
     )
@@ -228,7 +230,7 @@ def student_of_zeros(path, tokenizer, vocab=264):
         ({"log": LogConfig(wandb_project="p")}, r"pip install 'jaxdistill\[wandb\]'"),
         ({"accumulate": 3}, "nearest legal sizes are 6 or 9"),
         ({"student": StudentConfig(trainable=("typo.*",))}, "no parameter matches"),
-        ({"student": StudentConfig(keep=(0, 7))}, "increasing indices from 0 to 2"),
+        ({"student": StudentConfig(prune=Target(layers=(0, 7)))}, "different indices from 0 to 2"),
     ],
 )
 def test_what_cannot_run_is_refused_before_models_are_read(files, tmp_path, monkeypatch, changes, message):

@@ -20,6 +20,7 @@ from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.terms import ForwardKL, Term
 from jaxdistill.models.schema import init_params
 from jaxdistill.optimizer import AdamW, WarmupCosine
+from jaxdistill.prune.choose import Target
 from jaxdistill.tokenizers import load_tokenizer
 from jaxdistill.train import progress
 from jaxdistill.train.config import (
@@ -60,7 +61,7 @@ class Files:
         given = {
             "out": str(out),
             "teacher": TeacherConfig(path=str(self.teacher)),
-            "student": StudentConfig(keep=(0, 2)),
+            "student": StudentConfig(prune=Target(layers=(0, 2))),
             "data": DataConfig(path=str(self.text), length=LENGTH, batch_size=ROWS),
             "optimizer": AdamW(learning_rate=WarmupCosine(peak=1e-2)),
             "steps": STEPS,

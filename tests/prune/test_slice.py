@@ -13,10 +13,10 @@ from tiny import params as tiny_params
 
 from jaxdistill.models.decoder import apply, scores
 from jaxdistill.models.schema import param_shardings, stack, unstack
-from jaxdistill.models.slice import prune_model
 from jaxdistill.prune.baselines import random_importance
 from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.plan import depth_plan, whole_plan
+from jaxdistill.prune.slice import prune_model
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import ModelConfig
 
@@ -130,6 +130,50 @@ def test_the_original_stays_usable_and_the_dtype_stays():
         np.asarray(cut["segments"]["0"]["ffn"]["up"]["kernel"][0], np.float32),
         np.asarray(params["segments"]["0"]["ffn"]["up"]["kernel"][1], np.float32),
     )
+
+
+def test_dropped_query_heads_leave_a_residual_in_kept_ones():
+    """Of three heads a group keeps two: the worse one becomes W + (W - W of the dropped one), the better one stays."""
+    config = dataclasses.replace(UNTIED, layers=llama(layers=2, heads=6, kv_heads=2).layers)
+    params, scores_ = tiny_params(config), random_importance(config, 2)
+    plan = choose(config, scores_, Target(heads=4), merge_heads=True)
+    _, cut = prune_model(config, params, plan)
+    new = cut["segments"]["0"]["mixer"]
+    plain = prune_model(config, params, dataclasses.replace(plan, head_partners=()))[1]["segments"]["0"]["mixer"]
+    for layer in range(2):
+        old = np.asarray(params["segments"]["0"]["mixer"]["query"]["kernel"][layer])
+        for at, head in enumerate(plan.widths["heads"][layer]):
+            group = range(head // 3 * 3, head // 3 * 3 + 3)
+            best, worse, dropped = sorted(group, key=lambda i, s=scores_.widths["heads"][layer]: -s[i])
+            expected = old[:, head] if head == best else 2 * old[:, worse] - old[:, dropped]
+            np.testing.assert_allclose(new["query"]["kernel"][layer][:, at], expected, rtol=1e-5, atol=1e-6)
+    for name in ("key", "value", "output"):
+        np.testing.assert_array_equal(new[name]["kernel"], plain[name]["kernel"])
+    with pytest.raises(ValueError, match="a head's partner is of its own key-value head"):
+        dataclasses.replace(plan, head_partners=tuple(each[::-1] for each in plan.head_partners))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Target(mlp=17), "mlp would be 17, which the 2 devices that split it do not divide .*; choose 16 or 18"),
+        (Target(embed=10), "embed would be 10, which the 4 devices .* choose 8 or 12"),
+    ],
+)
+def test_sizes_that_the_mesh_does_not_divide_are_refused(target, message):
+    place = LAYOUTS["fsdp 4 x tensor 2"]()
+    plan = choose(UNTIED, random_importance(UNTIED, 0), target)
+    with pytest.raises(ValueError, match=message):
+        prune_model(UNTIED, tiny_params(UNTIED), plan, layout=place)
+
+
+def test_the_smaller_model_shares_no_memory_with_the_original():
+    """Its arrays may be donated."""
+    params = tiny_params(UNTIED)
+    for plan in (whole_plan(UNTIED), depth_plan(UNTIED, (0, 1))):
+        _, cut = prune_model(UNTIED, params, plan)
+        theirs = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
+        assert theirs.isdisjoint(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cut))
 
 
 def test_a_plan_of_another_model_is_refused():

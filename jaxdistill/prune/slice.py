@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jaxdistill.models.schema import StackedSpec, leaf_at, locate, nested, param_shardings, stacked_schema
 from jaxdistill.prune.plan import Indices, PrunePlan
 from jaxdistill.sharding import Layout
-from jaxdistill.specs import ModelConfig
+from jaxdistill.specs import WIDTH_AXES, ModelConfig
 from jaxdistill.types import Params
 
 NormRepair = Literal["none", "exact"]
@@ -34,9 +35,11 @@ def prune_model(
 
     norm_repair: RMSNorm divides by the root of a mean over channels. If the dropped channels are zero, the mean over
     the D' kept of D channels is D / D' times larger; "exact" undoes that: scale · √(D / D'), epsilon · D / D'.
-    Raises ValueError for a plan of another model.
+    Raises ValueError for a plan of another model, and for sizes that the layout's mesh could divide before and cannot
+    afterwards: an array that is not divided is held whole by every device.
     """
     smaller = plan.resize(config)
+    _check_divisible(config, smaller, layout)
     growth = config.embed / smaller.embed if norm_repair == "exact" else 1.0
     smaller = dataclasses.replace(smaller, norm_epsilon=smaller.norm_epsilon * growth)
 
@@ -64,7 +67,11 @@ def _cut_leaf(config: ModelConfig, params: Params, plan: PrunePlan, leaf: Stacke
         rows = tuple(locate(config, name)[1] for name in names)
         layers = stacked if rows == tuple(range(stacked.shape[0])) else stacked[np.asarray(rows)]
         layers = _take(layers, ("layers", *leaf.spec.axes), {"embed": plan.embed})
-        parts.append(_take_by_layer(layers, leaf.spec.axes, plan, kept))
+        taken = _take_by_layer(layers, leaf.spec.axes, plan.widths, kept)
+        if plan.head_partners and ".mixer.query." in leaf.members[0]:
+            partners = {**plan.widths, "heads": plan.head_partners}
+            taken = taken + (taken - _take_by_layer(layers, leaf.spec.axes, partners, kept))
+        parts.append(taken)
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
@@ -81,13 +88,31 @@ def _take(value: jax.Array, axes: tuple[Any, ...], chosen: dict[str, Indices]) -
     return value
 
 
-def _take_by_layer(value: jax.Array, axes: tuple[Any, ...], plan: PrunePlan, kept: tuple[int, ...]) -> jax.Array:
+def _take_by_layer(
+    value: jax.Array, axes: tuple[Any, ...], widths: Mapping[str, tuple[Indices, ...]], kept: tuple[int, ...]
+) -> jax.Array:
     """The same on axes where every layer keeps indices of its own; value leads with the axis of these layers."""
     for position, axis in enumerate(axes):
-        if axis not in plan.widths:
+        if axis not in widths:
             continue
-        chosen = np.asarray([plan.widths[axis][at] for at in kept])
+        chosen = np.asarray([widths[axis][at] for at in kept])
         everything = tuple(range(value.shape[position + 1]))
-        if any(plan.widths[axis][at] != everything for at in kept):
+        if any(widths[axis][at] != everything for at in kept):
             value = jax.vmap(lambda layer, indices, p=position: jnp.take(layer, indices, axis=p))(value, chosen)
     return value
+
+
+def _check_divisible(config: ModelConfig, smaller: ModelConfig, layout: Layout) -> None:
+    sizes = [("embed", config.embed, smaller.embed)]
+    for before, after in itertools.product(set(config.layers), set(smaller.layers)):
+        sizes += [(axis, before.widths[axis], after.widths[axis]) for axis in WIDTH_AXES]
+    for axis, before, after in sizes:
+        parts = layout.split(axis)
+        # Fewer key-value heads than parts are usual: every device holds them.
+        usual = axis == "kv_heads" and after < parts
+        if after != before and before % parts == 0 and after % parts and not usual:
+            nearest = " or ".join(str(n) for n in (after // parts * parts, (after // parts + 1) * parts) if n > 0)
+            raise ValueError(
+                f"{axis} would be {after}, which the {parts} devices that split it do not divide "
+                f"({' x '.join(layout.mesh_axes(axis))}); choose {nearest}, or another mesh."
+            )

@@ -1,0 +1,172 @@
+"""Ways to score a model's parts: each a frozen dataclass of settings that turns a `Calibration` into `Importance`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxdistill.losses.chunked import default_chunk, evaluate_terms
+from jaxdistill.losses.terms import CrossEntropy
+from jaxdistill.models.decoder import Execution, Gates, apply
+from jaxdistill.prune.baselines import random_importance, weight_magnitude
+from jaxdistill.prune.importance import Aggregation, Importance, importance, importance_taps
+from jaxdistill.sharding import Layout
+from jaxdistill.specs import LayerSpec, ModelConfig
+from jaxdistill.types import Batch, Params
+
+Progress = Callable[[int, int], None]
+"""Told (passes done, passes in all)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A model, and the text that its parts are measured on."""
+
+    config: ModelConfig
+    params: Params
+    batches: Sequence[Batch]
+    """On the devices; read once or more."""
+    layout: Layout = Layout()
+    execution: Execution = Execution()
+    progress: Progress = lambda done, total: None
+
+    def __post_init__(self):
+        if not self.batches:
+            raise ValueError("there are no calibration batches; give at least one.")
+
+    def total(self, measure: Callable[[Params, Batch], Any]) -> Any:
+        """The sum over all batches of what a jitted function of parameters and one batch returns, in float64."""
+        found = None
+        for done, batch in enumerate(self.batches):
+            part = jax.tree.map(lambda x: np.asarray(x, np.float64), measure(self.params, batch))
+            found = part if found is None else jax.tree.map(np.add, found, part)
+            self.progress(done + 1, len(self.batches))
+        return found
+
+
+class Scorer(Protocol):
+    """Anything that scores the parts of a model."""
+
+    def __call__(self, calibration: Calibration) -> Importance: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Minitron's scores: how large what a part hands on is, and Block Influence for layers; forward passes alone.
+
+    sequence, batch: how tokens of a row, and rows, become one number (2407.14679, table 2; the defaults are its best).
+    """
+
+    sequence: Aggregation = "mean"
+    batch: Aggregation = "l2"
+
+    def __call__(self, calibration: Calibration) -> Importance:
+        config, taps = calibration.config, importance_taps(calibration.config, sequence=self.sequence)
+
+        @jax.jit
+        def measure(params: Params, batch: Batch) -> Any:
+            given = {"layout": calibration.layout, "execution": calibration.execution, "taps": taps}
+            return apply(config, params, batch, **given).taps
+
+        return importance(config, calibration.total(measure), batch=self.batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskGradients:
+    """How much a row's loss changes when a part is switched off, to first order: mean over rows of |∂ loss / ∂ factor|
+    where each part is multiplied by a factor of 1 (Michel et al. 2019, 1905.10650, equation 2).
+
+    MiniMA prunes by it (Towards the Law of Capacity Gap in Distilling Language Models, 2311.07052). Where the factor of
+    a channel stands is our reading: at the outputs of both norms of all layers. MiniMA's code divides the scores of a
+    layer by their norm, which changes no order within it.
+    """
+
+    def __call__(self, calibration: Calibration) -> Importance:
+        config = calibration.config
+
+        @jax.jit
+        def measure(params: Params, batch: Batch) -> Any:
+            def loss(gates: Gates) -> Float[Array, ""]:
+                return row_losses(calibration, params, batch, gates)
+
+            slopes = jax.grad(loss)(open_gates(config, batch.tokens.shape[0]))
+            return _absolute(config, slopes), (batch.loss_mask.sum(1) > 0).sum()
+
+        scores, rows = calibration.total(measure)
+        return jax.tree.map(lambda x: x / max(rows, 1.0), scores)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightMagnitude:
+    """The L2 norm of all weights that belong to a part; reads no text."""
+
+    def __call__(self, calibration: Calibration) -> Importance:
+        return weight_magnitude(calibration.config, calibration.params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomScores:
+    """Drawn at random: what every other way has to beat."""
+
+    seed: int = 0
+
+    def __call__(self, calibration: Calibration) -> Importance:
+        return random_importance(calibration.config, self.seed)
+
+
+def row_losses(calibration: Calibration, params: Params, batch: Batch, gates: Gates) -> Float[Array, ""]:
+    """Each row's mean cross-entropy in nats, summed over rows; rows without targets count 0."""
+    config, layout = calibration.config, calibration.layout
+    outputs = apply(config, params, batch, layout=layout, execution=calibration.execution, gates=gates)
+    weights = batch.loss_mask / jnp.maximum(batch.loss_mask.sum(1, keepdims=True), 1.0)
+    total, _ = evaluate_terms(
+        {"loss": CrossEntropy()},
+        outputs,
+        None,
+        targets=batch.targets,
+        loss_mask=weights,
+        coefficients={"loss": jnp.float32(1)},
+        parameters={},
+        step=jnp.int32(0),
+        chunk=default_chunk(config.vocab // layout.split("vocab")),
+        layout=layout,
+    )
+    return total
+
+
+def open_gates(config: ModelConfig, rows: int) -> dict[str, dict[str, Array]]:
+    """A factor of 1 for every part of every layer, and for each row one of its own."""
+
+    def ones(size: int, spec: LayerSpec) -> dict[str, Array]:
+        parts = {"mixer_normed": config.embed, "ffn_normed": config.embed, "heads": spec.mixer.heads}
+        parts |= {"mlp": spec.ffn.mlp, "layer": 1}
+        return {point: jnp.ones((size, rows, count)) for point, count in parts.items()}
+
+    return {str(i): ones(*segment) for i, segment in enumerate(config.segments)}
+
+
+def _absolute(config: ModelConfig, slopes: Gates) -> Importance:
+    """Σ over rows of |slope|, with one factor for all that belongs to a part: a channel in all layers, a head's group.
+
+    The widths are arrays [layers of a segment, parts] in the order of the segments; layers are rows of them.
+    """
+    embed = sum(slopes[s][point].sum(0) for s in slopes for point in ("mixer_normed", "ffn_normed"))
+    widths: dict[str, list[Array]] = {"kv_heads": [], "heads": [], "mlp": []}
+    layers = []
+    for segment, (size, spec) in enumerate(config.segments):
+        found = slopes[str(segment)]
+        groups = found["heads"].reshape(size, found["heads"].shape[1], spec.mixer.kv_heads, -1).sum(-1)
+        for axis, values in (("kv_heads", groups), ("heads", found["heads"]), ("mlp", found["mlp"])):
+            widths[axis] += list(jnp.abs(values).sum(1))
+        layers.append(jnp.abs(found["layer"]).sum((1, 2)))
+    return Importance(
+        embed=jnp.abs(embed).sum(0),
+        layers=jnp.concatenate(layers),
+        widths={axis: tuple(values) for axis, values in widths.items()},
+    )
