@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxdistill import partition
 from jaxdistill.losses.chunked import evaluate_terms, term_coefficients
+from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import Parameterized, Term
 from jaxdistill.sharding import BATCH_AXES, Layout
 from jaxdistill.types import Batch, Mean, Outputs, Params, TrainState
@@ -27,7 +28,7 @@ TrainStep = Callable[[TrainState, Params, Params | None, Batch], tuple[TrainStat
 
 def init_state(
     student: Params,
-    terms: Mapping[str, Term],
+    terms: Mapping[str, Term | HiddenMatch],
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     key: Any,
@@ -68,7 +69,7 @@ def state_shardings(
 def make_train_step(
     student: Apply,
     teacher: Apply | None,
-    terms: Mapping[str, Term],
+    terms: Mapping[str, Term | HiddenMatch],
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     chunk: int,
@@ -80,39 +81,65 @@ def make_train_step(
     """One optimizer step on one global batch, as a pure function to be jitted with the state donated.
 
     accumulate: into how many micro-batches the rows are split. The result does not depend on it: every sum is divided
-    by the count of the whole batch. gradient_shardings: where accumulated gradients live (the shardings of
+    by the count of the whole batch. Of `terms`, a `HiddenMatch` (resolved) reads what both models return as the tap of
+    its name. gradient_shardings: where accumulated gradients live (the shardings of
     `state.params`); None leaves it to the compiler. A step whose loss or gradient is not finite changes nothing but
     `step` and `skipped`.
 
     Metrics: "loss"; "terms", a `Mean` per term; "gradient_norm" before clipping; "skipped" (1 or 0).
     """
 
-    def gradients(params, frozen, teacher_params, batch: Batch, coefficients, step):
-        signal = None if teacher is None else jax.lax.stop_gradient(teacher(teacher_params, batch))
+    on_scores = {name: term for name, term in terms.items() if not isinstance(term, HiddenMatch)}
+    on_states = {name: term for name, term in terms.items() if isinstance(term, HiddenMatch)}
 
+    if on_states and teacher is None:
+        raise ValueError(f"the terms {sorted(on_states)} compare hidden states, and there is no teacher.")
+
+    def evaluated(params, frozen, teacher_params, batch: Batch, coefficients, step):
+        """The scores' part of the loss, and every term's `Mean`."""
+        outputs = student(partition.merge(params["student"], frozen), batch)
+        signal = None if teacher is None else jax.lax.stop_gradient(teacher(teacher_params, batch))
+        objective = params["objective"]
+        loss, means = evaluate_terms(
+            on_scores,
+            outputs,
+            signal,
+            targets=batch.targets,
+            loss_mask=batch.loss_mask,
+            coefficients=coefficients,
+            parameters={name: given for name, given in objective.items() if name in on_scores},
+            step=step,
+            chunk=chunk,
+            layout=layout,
+            teacher_layout=teacher_layout,
+        )
+        for name, term in on_states.items():
+            assert signal is not None, "refused above"
+            states = outputs.taps[name], signal.taps[name]
+            means[name] = term(*states, batch.loss_mask, objective.get(name, {}))
+        return loss, means
+
+    def gradients(params, frozen, teacher_params, batch: Batch, coefficients, step, factors):
         def loss(params):
-            return evaluate_terms(
-                terms,
-                student(partition.merge(params["student"], frozen), batch),
-                signal,
-                targets=batch.targets,
-                loss_mask=batch.loss_mask,
-                coefficients=coefficients,
-                parameters=params["objective"],
-                step=step,
-                chunk=chunk,
-                layout=layout,
-                teacher_layout=teacher_layout,
-            )
+            value, means = evaluated(params, frozen, teacher_params, batch, coefficients, step)
+            scaled = _balanced(on_states, means, coefficients) if factors is None else factors
+            return value + sum(scaled[name] * means[name].total for name in on_states), means
 
         (value, means), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return _placed((value, means, grads), gradient_shardings)
 
     def train_step(state, frozen, teacher_params, batch):
         coefficients = term_coefficients(terms, batch.loss_mask.sum(), state.step)
+        given = state.params, frozen, teacher_params
+        factors = None
+        if accumulate > 1 and any(term.balance for term in on_states.values()):
+            means = _accumulated(
+                lambda rows: evaluated(*given, rows, coefficients, state.step)[1], batch, accumulate, layout
+            )
+            factors = _balanced(on_states, means, coefficients)
 
         def micro(rows: Batch):
-            return gradients(state.params, frozen, teacher_params, rows, coefficients, state.step)
+            return gradients(*given, rows, coefficients, state.step, factors)
 
         loss, means, grads = _accumulated(micro, batch, accumulate, layout)
         norm = optax.tree.norm(grads)
@@ -160,6 +187,21 @@ def make_eval_step(
         return means
 
     return eval_step
+
+
+def _balanced(
+    on_states: Mapping[str, HiddenMatch], means: Mapping[str, Mean], coefficients: Mapping[str, Array]
+) -> dict[str, Array]:
+    """What the total of each term on hidden states is multiplied by, given what all terms are on the whole batch."""
+    factors = {}
+    for name, term in on_states.items():
+        factors[name] = coefficients[name]
+        if term.balance is not None:
+            other, own = coefficients[term.balance] * means[term.balance].total, means[name].total
+            # Both are sums over the same positions; the weight stays, the division by their count is the other's.
+            weight = coefficients[name] * means[name].count
+            factors[name] = weight * jnp.where(own == 0, 0.0, other / jnp.where(own == 0, 1.0, own))
+    return jax.lax.stop_gradient(factors)
 
 
 def _accumulated(micro: Callable[[Batch], Any], batch: Batch, accumulate: int, layout: Layout) -> Any:

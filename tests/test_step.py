@@ -15,6 +15,7 @@ from tiny import LAYOUTS, assert_gradients_close, llama, packed_batch
 from tiny import params as tiny_params
 
 from jaxdistill import partition
+from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import Execution, apply
 from jaxdistill.models.schema import param_shardings
@@ -75,8 +76,8 @@ def prepare(setting: Setting, optimizer=None, *, terms=TERMS, trainable=lambda n
     shardings = state_shardings(jax.eval_shape(start, student), places, layout, optimizer)
     state = jax.jit(start, out_shardings=shardings)(student)
     step = make_train_step(
-        functools.partial(apply, shape, layout=layout, execution=setting.execution),
-        functools.partial(apply, teacher_shape, layout=teacher_layout),
+        functools.partial(apply, shape, layout=layout, execution=setting.execution, taps=hidden_taps(terms, "student")),
+        functools.partial(apply, teacher_shape, layout=teacher_layout, taps=hidden_taps(terms, "teacher")),
         terms,
         optimizer,
         chunk=setting.chunk,
@@ -338,6 +339,39 @@ def test_parameters_of_terms_are_trained_with_the_student(layout):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     assert set(state.params["objective"]) == {"sharpened"}
     assert abs(float(state.params["objective"]["sharpened"]["log_temperature"])) > 0.05
+
+
+HIDDEN = {
+    "kl": ForwardKL(weight=0.5),
+    "blocks": HiddenMatch(layers=((0, 1), (1, 2)), weight=2.0, balance="kl"),
+    "embedding": HiddenMatch(layers=((0, 0),), point="input", distance="normalized_mse", weight=0.1),
+}
+
+
+@pytest.mark.parametrize("setting", [Setting(accumulate=4), Setting(layout="fsdp 4 x tensor 2", accumulate=2)])
+def test_hidden_states_are_matched_alike_in_every_setting(setting):
+    losses, state = run(setting, 4, terms=HIDDEN)
+    expected, _ = run(Setting(), 4, terms=HIDDEN)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    projections = {name: parameters["projection"].shape for name, parameters in state.params["objective"].items()}
+    assert projections == {"blocks": (16, 24), "embedding": (16, 24)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_balanced_term_adds_its_weight_times_the_other(accumulate):
+    """L = 0.5 KL + 2 · H · sg(0.5 KL / H): in value three times the first; in gradient H's own direction."""
+    terms = {"kl": HIDDEN["kl"], "blocks": HIDDEN["blocks"]}
+    step, state, frozen, teacher, layout = prepare(Setting(accumulate=accumulate), terms=terms)
+    batch = put_batch(layout, jax.tree.map(np.asarray, packed_batch()))
+    before = jax.tree.map(np.asarray, state.params)
+    moved, metrics = step(state, frozen, teacher, batch)
+    kl, own = (float(metrics["terms"][name].value) for name in ("kl", "blocks"))
+    assert float(metrics["loss"]) == pytest.approx(3 * 0.5 * kl, rel=1e-5)
+    fixed = {"kl": HIDDEN["kl"], "blocks": dataclasses.replace(HIDDEN["blocks"], balance=None, weight=kl / own)}
+    step, state, *_ = prepare(Setting(), terms=fixed)
+    expected, _ = step(state, frozen, teacher, batch)
+    changes = [jax.tree.map(lambda new, old: new - old, s.params, before) for s in (moved, expected)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *changes)
 
 
 def test_optimizer_moments_live_beside_their_parameters():

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,18 @@ from jaxtyping import Array, Float, Int
 from jaxdistill.losses.scores import Scores
 from jaxdistill.losses.terms import Positions, Term
 from jaxdistill.sharding import BATCH_AXES, Axes, Layout
-from jaxdistill.types import Head, Mean, Outputs, at_step
+from jaxdistill.types import Head, Mean, Outputs, Scalar, at_step
 
 Totals = dict[str, Array]
+
+
+class Weighted(Protocol):
+    """Anything with a weight in the loss."""
+
+    @property
+    def weight(self) -> Scalar: ...
+
+
 HEAD_AXES: Axes = ("vocab", "embed")
 BLOCK = 1024
 """Rows of the head whose gradient is added at once are a multiple of this: fewer make products too small to be fast."""
@@ -107,7 +116,7 @@ def term_values(
 
 
 def term_coefficients(
-    terms: Mapping[str, Term], count: Float[Array, ""], step: Int[Array, ""]
+    terms: Mapping[str, Weighted], count: Float[Array, ""], step: Int[Array, ""]
 ) -> dict[str, Float[Array, ""]]:
     """Each term's weight at this step ÷ the number of supervised positions of the whole global step (0 if none)."""
     share = jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))

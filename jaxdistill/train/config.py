@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jaxdistill.checkpoint.retention import Retention
 from jaxdistill.data.pipeline import DataConfig
+from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import ForwardKL, Term
 from jaxdistill.models.decoder import Execution
 from jaxdistill.optimizer import AdamW, Optimizer, WarmupCosine
@@ -125,7 +126,7 @@ class TrainConfig:
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    losses: dict[str, Term] = dataclasses.field(default_factory=lambda: {"kl": ForwardKL()})
+    losses: dict[str, Term | HiddenMatch] = dataclasses.field(default_factory=lambda: {"kl": ForwardKL()})
     """The objective: the sum of these terms, each times its weight."""
     optimizer: Optimizer = dataclasses.field(default_factory=lambda: AdamW(learning_rate=WarmupCosine(peak=1e-4)))
     steps: int = 1000
@@ -157,6 +158,13 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.chunk is {self.chunk}; it must be at least 1, or None.")
         if not self.losses:
             raise ValueError("TrainConfig.losses is empty; give at least one term.")
+        on_states = {name: term for name, term in self.losses.items() if isinstance(term, HiddenMatch)}
+        for name, term in on_states.items():
+            others = sorted(self.losses.keys() - on_states.keys())
+            if term.balance is not None and term.balance not in others:
+                raise ValueError(
+                    f"losses.{name} is balanced with {term.balance!r}; allowed are the terms on scores: {others}."
+                )
 
     def check(self) -> None:
         """Refuses what cannot run, before any device is touched."""

@@ -17,6 +17,7 @@ from jaxdistill import partition
 from jaxdistill.assets import cache_directory
 from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.losses.chunked import default_chunk
+from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
 from jaxdistill.models.decoder import apply
 from jaxdistill.models.flops import forward_flops, training_flops
@@ -207,12 +208,28 @@ def _check_same_tokens(teacher: tuple[ModelConfig, Tokenizer], student: tuple[Mo
         )
 
 
+def _resolved_terms(config: TrainConfig, student: Student, teacher: Model | None) -> dict[str, Term | HiddenMatch]:
+    """The objective's terms, those on hidden states with the layers that they compare."""
+    terms = dict(config.losses)
+    for name, term in config.losses.items():
+        if isinstance(term, HiddenMatch):
+            if teacher is None:
+                raise ValueError(f"losses.{name} compares hidden states and there is no teacher; give --teacher.path.")
+            from_teacher = config.student.path is None and student.plan is not None
+            terms[name] = term.resolved(
+                student_depth=len(student.config.layers),
+                teacher_depth=len(teacher.config.layers),
+                kept=student.plan.layers if from_teacher and student.plan else None,
+            )
+    return terms
+
+
 class Programs:
     """The pure steps of a run, jitted for its places."""
 
     def __init__(self, config: TrainConfig, student: Student, teacher: Model | None, places: Places):
         self.optimizer = config.optimizer.build(config.steps)
-        self.terms = config.losses
+        self.terms = _resolved_terms(config, student, teacher)
         self.held_out_terms = held_out_terms(teacher is not None)
         self.chunk = config.chunk or default_chunk(student.config.vocab // places.student.split("vocab"))
         self._places, self._vocab = places, student.config.vocab
@@ -235,8 +252,8 @@ class Programs:
         self.shardings = state_shardings(self._abstract, trainable, places.student, self.optimizer)
         self.start = jax.jit(start, out_shardings=self.shardings, donate_argnums=0)
         step = make_train_step(
-            forward,
-            teach,
+            functools.partial(forward, taps=hidden_taps(self.terms, "student")),
+            teach and functools.partial(teach, taps=hidden_taps(self.terms, "teacher")),
             self.terms,
             self.optimizer,
             chunk=self.chunk,

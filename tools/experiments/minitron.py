@@ -370,13 +370,13 @@ def pruned(
     steps: int,
     rates: Sequence[float],
     scorer: Callable[[int], Scorer],
-    losses: dict[str, Term],
+    losses: Mapping[str, Term],
 ) -> list[Row]:
     def changes(seed: int) -> dict[str, Any]:
         student = StudentConfig(
             prune=target, scorer=scorer(seed), calibration_batches=CALIBRATION_BATCHES, trainable=bench.trainable
         )
-        return {"student": student, "losses": losses}
+        return {"student": student, "losses": dict(losses)}
 
     return bench.tuned(name, rates, steps, changes, by="cross_entropy_nats")
 

@@ -1,0 +1,121 @@
+"""Matching hidden states: a term that compares what layers of student and teacher hold, beside those on scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdistill.types import Mean, Scalar, Tap
+
+Distance = Literal["cosine", "mse", "normalized_mse"]
+"""Between two vectors: 1 - cosine; the mean squared difference; the squared difference ÷ the teacher's square."""
+
+Point = Literal["input", "mixer_normed", "ffn_normed", "output"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HiddenMatch:
+    """The mean distance of hidden states over pairs of layers and over supervised positions.
+
+    layers: pairs (student's layer, teacher's layer); negative ones count from the end. None pairs every layer of the
+    student with the one that it was made from. point: what of a layer is compared (`models.decoder.TAP_POINTS`); layer
+    0's "input" is the embedding. Where the widths differ, the student's states go through one linear map for all pairs
+    that is learned with the student (`parameters`).
+
+    balance: the name of another term. This one is then scaled, without gradient, to be as large as that one at every
+    step, and `weight` multiplies the result: L = L_logits + weight · L_hidden · sg(L_logits / L_hidden). Exact for the
+    whole batch: with micro-batches a first pass over all of them finds the two values (one more forward pass of both
+    models).
+
+    Compact Language Models via Pruning and Knowledge Distillation (2407.14679, section 3): cosine, through one shared
+    map, balanced; worth its cost where many layers were cut.
+    """
+
+    layers: tuple[tuple[int, int], ...] | None = None
+    point: Point = "output"
+    distance: Distance = "cosine"
+    weight: Scalar = 1.0
+    balance: str | None = None
+
+    def __post_init__(self):
+        if self.layers is not None and not self.layers:
+            raise ValueError("HiddenMatch.layers is empty; give at least one pair, or None for all layers.")
+
+    def resolved(self, *, student_depth: int, teacher_depth: int, kept: Sequence[int] | None) -> HiddenMatch:
+        """This term with pairs of indices from 0. kept: the teacher's layers that the student was made of."""
+        origin = range(student_depth) if kept is None and student_depth == teacher_depth else kept
+        if self.layers is None and (origin is None or len(origin) != student_depth):
+            raise ValueError(
+                f"HiddenMatch.layers is None, and which of the teacher's {teacher_depth} layers the student's "
+                f"{student_depth} were made from is not known; give pairs (student's layer, teacher's layer)."
+            )
+        pairs = self.layers or tuple(enumerate(origin or ()))
+        wrong = [(s, t) for s, t in pairs if not (-student_depth <= s < student_depth)]
+        wrong += [(s, t) for s, t in pairs if not (-teacher_depth <= t < teacher_depth)]
+        if wrong:
+            raise ValueError(
+                f"HiddenMatch.layers pairs {wrong}; the student has {student_depth} layers and the teacher "
+                f"{teacher_depth}: indices run from -{student_depth} to {student_depth - 1} and from -{teacher_depth} "
+                f"to {teacher_depth - 1}."
+            )
+        return dataclasses.replace(self, layers=tuple((s % student_depth, t % teacher_depth) for s, t in pairs))
+
+    def parameters(self, key: Any, *, student_embed: int, teacher_embed: int) -> dict[str, Array]:
+        """The map between the widths, [student_embed, teacher_embed]; none where they are equal."""
+        if student_embed == teacher_embed:
+            return {}
+        return {"projection": jax.random.normal(key, (student_embed, teacher_embed)) * student_embed**-0.5}
+
+    def tap(self, side: Literal["student", "teacher"]) -> Tap:
+        """What a model's forward pass has to return for a resolved term, under the term's name."""
+        layers = tuple(sorted({pair[0 if side == "student" else 1] for pair in self.layers or ()}))
+        return Tap(points=(self.point,), reduce=lambda values, mask: values[self.point], layers=layers)
+
+    def __call__(
+        self,
+        student: Float[Array, "student_layer batch length student_embed"],
+        teacher: Float[Array, "teacher_layer batch length teacher_embed"],
+        mask: Float[Array, "batch length"],
+        parameters: Mapping[str, Array],
+    ) -> Mean:
+        """The mean over positions where mask is not 0, of a resolved term; student and teacher as tapped."""
+        total = jnp.float32(0)
+        student_layers, teacher_layers = ([*layers] for layers in zip(*(self.layers or ()), strict=True))
+        student_order, teacher_order = sorted({*student_layers}), sorted({*teacher_layers})
+        for s, t in zip(student_layers, teacher_layers, strict=True):
+            # Masked before anything is divided: whatever stands at padding must not reach a gradient.
+            own, theirs = (
+                jnp.where(mask[..., None] != 0, states, 0).astype(jnp.float32)
+                for states in (student[student_order.index(s)], teacher[teacher_order.index(t)])
+            )
+            if "projection" in parameters:
+                own = own @ parameters["projection"]
+            total += (_distance(own, theirs, self.distance) * mask).sum()
+        return Mean(total / len(student_layers), mask.sum())
+
+
+def hidden_taps(terms: Mapping[str, Any], side: Literal["student", "teacher"]) -> dict[str, Tap]:
+    """The taps that one of the models needs for an objective's resolved terms on hidden states, by the terms' names."""
+    return {name: term.tap(side) for name, term in terms.items() if isinstance(term, HiddenMatch)}
+
+
+def _distance(
+    student: Float[Array, "... embed"], teacher: Float[Array, "... embed"], kind: Distance
+) -> Float[Array, "..."]:
+    def dot(a: Array, b: Array) -> Array:
+        return (a * b).sum(-1)
+
+    tiny = 1e-12
+    match kind:
+        case "cosine":
+            norms = jax.lax.rsqrt(dot(student, student) + tiny) * jax.lax.rsqrt(dot(teacher, teacher) + tiny)
+            return 1 - dot(student, teacher) * norms
+        case "mse":
+            return dot(student - teacher, student - teacher) / student.shape[-1]
+        case "normalized_mse":
+            return dot(student - teacher, student - teacher) / (dot(teacher, teacher) + tiny)
