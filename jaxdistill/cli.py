@@ -231,6 +231,93 @@ def convert(
     convert_model(source, destination, to=to, dtype=dtype)
 
 
+def prune(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    out: str,
+    data: str | None = None,
+    layers: int | None = None,
+    keep_layers: tuple[int, ...] = (),
+    mlp: int | None = None,
+    embed: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    plan: str | None = None,
+    scorer: Literal["activations", "mask-gradients", "weights", "random"] = "activations",
+    depth: Literal["scorer", "loss", "kl", "block-by-loss", "block-by-kl"] = "scorer",
+    batches: int = 128,
+    length: int = 512,
+    batch_size: int = 8,
+    field: str = "text",
+    prepend_bos: bool = False,
+    seed: int = 0,
+    sort: bool = False,
+    merge_heads: bool = False,
+    norm_repair: Literal["none", "exact"] = "none",
+    to: Literal["jaxdistill", "hf"] = "jaxdistill",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    activations: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Make a smaller model out of a large one: keep the parts that matter most on some text.
+
+    OUT/model is the smaller model, OUT/plan.json says what was kept (edit it, and give it with --plan), and
+    OUT/importance.npz holds the scores: other sizes with the same --out start from them. Distil it back with
+    `jaxdistill train configs/distill.py --teacher.path MODEL --student.path OUT/model …`.
+
+    Args:
+        model: A checkpoint, a Hugging Face directory or a .gguf file.
+        out: Where the results go.
+        data: Text to measure importance on (.txt, .jsonl, .parquet, .array_record, directories).
+        layers: Keep this many layers.
+        keep_layers: Keep exactly these layers.
+        mlp: Keep this many neurons of every layer's feed-forward network.
+        embed: Keep this many channels of the residual stream.
+        heads: Keep this many query heads of every layer, equally many for each key-value head.
+        kv_heads: Keep this many key-value heads, and the query heads that belong to them.
+        plan: Cut by this file; measures nothing.
+        scorer: Minitron's activations; MiniMA's gradients of masks; norms of weights; or at random, to compare with.
+        depth: How layers are chosen: by the scorer (activations: Block Influence), by the loss or the KL to the whole
+            model when one is left out, or as the contiguous block whose absence is felt least.
+        batches: Batches of text to measure on.
+        length: Tokens of a row.
+        batch_size: Rows of a batch.
+        field: The key or column of the text, where the format has one.
+        prepend_bos: Begin each text with the begin-of-text token.
+        seed: Of the order of the text.
+        sort: Order the kept parts by importance, so that every prefix is the best choice of its size.
+        merge_heads: Add what dropped query heads differ by to kept ones (2407.14679, section 3).
+        norm_repair: "exact" rescales norms so that dropping channels that are zero changes nothing.
+        to: The format of OUT/model.
+        dtype: What the parameters are read and stored as.
+        activations: The precision of activations while measuring.
+    """
+    from jaxdistill.data.pipeline import DataConfig
+    from jaxdistill.jobs.prune import PruneConfig
+    from jaxdistill.jobs.prune import prune as run_prune
+    from jaxdistill.prune.choose import Target
+
+    if layers is not None and keep_layers:
+        raise UsageError("--layers and --keep-layers are both given; say how many, or which.")
+    text = {"path": data, "field": field, "length": length, "batch_size": batch_size, "seed": seed}
+    run_prune(
+        PruneConfig(
+            model=model,
+            out=out,
+            target=Target(layers=keep_layers or layers, mlp=mlp, embed=embed, heads=heads, kv_heads=kv_heads),
+            data=DataConfig(**text, prepend_bos=prepend_bos),
+            batches=batches,
+            scorer=scorer,
+            depth=depth,
+            plan=plan,
+            sort=sort,
+            merge_heads=merge_heads,
+            norm_repair=norm_repair,
+            to=to,
+            dtype=dtype,
+            activations=activations,
+        )
+    )
+
+
 def inspect_(path: Annotated[Positional[str], arg(metavar="PATH")], tensors: bool = False) -> None:
     """Tell what a model or a run is, without reading arrays.
 
@@ -256,6 +343,7 @@ def report(run: Annotated[Positional[str], arg(metavar="RUN")]) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
+    "prune": prune,
     "evaluate": evaluate,
     "generate": generate,
     "convert": convert,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
@@ -63,6 +64,19 @@ class Batch:
     positions: Int[Array, "batch length"]
     segment_ids: Int[Array, "batch length"]
     target_bytes: Int[Array, "batch length"]
+
+
+def as_batch(rows: Mapping[str, np.ndarray], *, vocab: int) -> Batch:
+    """The fields as a `Batch`, still on the host. Refuses ids that the models lack: a look-up of one would silently be
+    nothing, or not a number."""
+    largest = max(int(rows["tokens"].max()), int(rows["targets"].max()))
+    if largest >= vocab:
+        raise ValueError(
+            f"the text has the token id {largest} and the models have {vocab} ids; the tokenizer has tokens that were "
+            "never given to the model. Use text (or a chat template) without them, or another tokenizer."
+        )
+    fields: dict[str, Any] = dict(rows)
+    return Batch(**fields)
 
 
 @jax.tree_util.register_dataclass

@@ -8,6 +8,8 @@ calibration set, so what is kept while measuring is one number per part, and a p
 from __future__ import annotations
 
 import dataclasses
+import os
+import zipfile
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.formats.paths import atomic_file, local_path
 from jaxdistill.prune.block_influence import block_influence_tap
 from jaxdistill.specs import ModelConfig
 from jaxdistill.types import Mean, Tap
@@ -49,6 +52,24 @@ class Importance:
     embed: Any
     layers: Any
     widths: Mapping[str, tuple[Any, ...]]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """As a NumPy .npz file."""
+        widths = {f"{axis}/{layer}": s for axis, scores in self.widths.items() for layer, s in enumerate(scores)}
+        with atomic_file(local_path(path)) as file:
+            np.savez(file, embed=self.embed, layers=self.layers, **widths)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Importance:
+        """From what `save` wrote. Raises ValueError for anything else."""
+        try:
+            with np.load(local_path(path)) as arrays:
+                depth = len(arrays["layers"])
+                axes = {name.partition("/")[0] for name in arrays.files if "/" in name}
+                widths = {axis: tuple(arrays[f"{axis}/{layer}"] for layer in range(depth)) for axis in sorted(axes)}
+                return cls(embed=arrays["embed"], layers=arrays["layers"], widths=widths)
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a file of importance scores ({error}); measure them again.") from None
 
 
 def importance_taps(config: ModelConfig, *, sequence: Aggregation = "mean") -> dict[str, Tap]:

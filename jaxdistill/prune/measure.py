@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -11,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.data.pipeline import DataConfig, make_loader
 from jaxdistill.losses.chunked import default_chunk, evaluate_terms
 from jaxdistill.losses.terms import CrossEntropy
 from jaxdistill.models.decoder import Execution, Gates, apply
 from jaxdistill.prune.baselines import random_importance, weight_magnitude
 from jaxdistill.prune.importance import Aggregation, Importance, importance, importance_taps
-from jaxdistill.sharding import Layout
+from jaxdistill.sharding import Layout, put_batch
 from jaxdistill.specs import LayerSpec, ModelConfig
-from jaxdistill.types import Batch, Params
+from jaxdistill.tokenizers import Tokenizer
+from jaxdistill.types import Batch, Params, as_batch
 
 Progress = Callable[[int, int], None]
 """Told (passes done, passes in all)."""
@@ -48,6 +51,31 @@ class Calibration:
             found = part if found is None else jax.tree.map(np.add, found, part)
             self.progress(done + 1, len(self.batches))
         return found
+
+
+def calibrate(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    batches: int,
+    layout: Layout = Layout(),
+    execution: Execution = Execution(),
+    progress: Progress = lambda done, total: None,
+) -> Calibration:
+    """A model with the first batches of some data, from a loader of their own: a run still begins at the beginning."""
+    loader = make_loader(data, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
+    with contextlib.closing(loader):
+        rows = [next(loader) for _ in range(batches)]
+    return Calibration(
+        config=config,
+        params=params,
+        batches=[put_batch(layout, as_batch(each, vocab=config.vocab)) for each in rows],
+        layout=layout,
+        execution=execution,
+        progress=progress,
+    )
 
 
 class Scorer(Protocol):

@@ -130,9 +130,7 @@ class _Run:
             teacher = open_teacher(config, places)
         with self.clock.measure("make the student"):
             # A resumed run keeps the plan that it began with: another measurement could choose other parts.
-            student = make_student(
-                config, teacher, places, self._calibration(tokenizer), plan=self.plan, progress=self._calibrated
-            )
+            student = make_student(config, teacher, places, plan=self.plan, progress=self._calibrated)
         self.plan = student.plan
         if config.export == "huggingface" and student.config.homogeneous:
             check_exportable(student.config)
@@ -150,12 +148,6 @@ class _Run:
         return make_loader(
             self.config.data, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
         )
-
-    def _calibration(self, tokenizer: Tokenizer) -> Iterator[dict[str, np.ndarray]]:
-        """The first training batches, from a loader of their own: the run itself still begins at the beginning."""
-        with contextlib.closing(self._loader(tokenizer)) as loader:
-            for _ in range(self.config.student.calibration_batches):
-                yield next(loader)
 
     def _calibrated(self, done: int, total: int) -> None:
         if done == total or done % max(1, total // 4) == 0:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,8 @@ from jaxdistill.models.decoder import apply
 from jaxdistill.models.flops import forward_flops, training_flops
 from jaxdistill.models.schema import init_params, param_shardings
 from jaxdistill.prune.choose import choose, equal_importance
-from jaxdistill.prune.measure import Calibration, Progress
+from jaxdistill.prune.importance import Importance
+from jaxdistill.prune.measure import Progress, calibrate
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.prune.slice import prune_model
 from jaxdistill.sharding import Layout, make_mesh, put_batch, put_global_batch
@@ -31,7 +31,7 @@ from jaxdistill.specs import ModelConfig
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
 from jaxdistill.tokenizers import Tokenizer, load_tokenizer
 from jaxdistill.train.config import StudentConfig, TrainConfig
-from jaxdistill.types import Batch, Params, TrainState
+from jaxdistill.types import Batch, Params, TrainState, as_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +82,13 @@ def make_student(
     config: TrainConfig,
     teacher: Model | None,
     places: Places,
-    rows: Iterable[Mapping[str, np.ndarray]],
     *,
     plan: PrunePlan | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Student:
     """The student at step 0: fresh, or (a part of) a model on disk or the teacher.
 
-    rows: this process's part of calibration batches; only read when parts are chosen by importance. plan: what is kept,
-    where that is known from before.
+    plan: what is kept, where that is known from before.
     """
     chosen = config.student
     if chosen.model is not None:
@@ -101,7 +99,7 @@ def make_student(
     if chosen.path is not None:
         source, layout = open_model(chosen.path, layout=places.student), places.student
     assert source is not None, "TrainConfig.check requires a model"
-    plan = plan or _plan(chosen, source, layout, rows, progress)
+    plan = plan or _plan(config, source, layout, progress)
     shape, params = source.config, source.params
     if plan is not None:
         shape, params = prune_model(shape, params, plan, layout=places.student, norm_repair=chosen.norm_repair)
@@ -113,14 +111,9 @@ def make_student(
     return _partitioned(config, shape, params, source.tokenizer, plan)
 
 
-def _plan(
-    chosen: StudentConfig,
-    source: Model,
-    layout: Layout,
-    rows: Iterable[Mapping[str, np.ndarray]],
-    progress: Progress,
-) -> PrunePlan | None:
+def _plan(config: TrainConfig, source: Model, layout: Layout, progress: Progress) -> PrunePlan | None:
     """What the configuration keeps of a model; None when that is all of it."""
+    chosen = config.student
     if chosen.plan is not None:
         return PrunePlan.load(chosen.plan)
     if chosen.prune.changes_nothing:
@@ -128,18 +121,25 @@ def _plan(
     chosen.prune.resize(source.config)  # sizes that the model lacks are refused before anything is measured
     if not chosen.prune.needs_scores:
         return choose(source.config, equal_importance(source.config), chosen.prune)
-    batches = [put_batch(layout, as_batch(each, vocab=source.config.vocab)) for each in rows]
-    scores = chosen.scorer(
-        Calibration(
-            config=source.config,
-            params=source.params,
-            batches=batches,
+    scores = measure_parts(config, source, layout, progress)
+    return choose(source.config, scores, chosen.prune)
+
+
+def measure_parts(config: TrainConfig, source: Model, layout: Layout, progress: Progress) -> Importance:
+    """The importance of a model's parts on the first training batches, measured as the student's settings say."""
+    chosen = config.student
+    return chosen.scorer(
+        calibrate(
+            source.config,
+            source.params,
+            source.tokenizer,
+            config.data,
+            batches=chosen.calibration_batches,
             layout=layout,
             execution=chosen.execution,
             progress=progress,
         )
     )
-    return choose(source.config, scores, chosen.prune)
 
 
 def _partitioned(
@@ -291,19 +291,6 @@ class Programs:
     def put_global(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Rows that every process holds, on the devices."""
         return put_global_batch(self._places.student, as_batch(rows, vocab=self._vocab))
-
-
-def as_batch(rows: Mapping[str, np.ndarray], *, vocab: int) -> Batch:
-    """The fields as a `Batch`, still on the host. Refuses ids that the models lack: a look-up of one would silently be
-    nothing, or not a number."""
-    largest = max(int(rows["tokens"].max()), int(rows["targets"].max()))
-    if largest >= vocab:
-        raise ValueError(
-            f"the text has the token id {largest} and the models have {vocab} ids; the tokenizer has tokens that were "
-            "never given to the model. Use text (or a chat template) without them, or another tokenizer."
-        )
-    fields: dict[str, Any] = dict(rows)
-    return Batch(**fields)
 
 
 def held_out_terms(with_teacher: bool) -> dict[str, Term]:

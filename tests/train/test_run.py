@@ -37,8 +37,7 @@ from jaxdistill.train.config import (
     TrainConfig,
     batch_divisors,
 )
-from jaxdistill.train.setup import as_batch
-from jaxdistill.types import Batch, Tap
+from jaxdistill.types import Batch, Tap, as_batch
 
 
 def scores(model, tokens: np.ndarray) -> np.ndarray:

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from jaxdistill.assets import asset
 from jaxdistill.checkpoint.open import Model, open_model
-from jaxdistill.data import DataConfig, eval_batches, make_loader, source_at
+from jaxdistill.data import DataConfig, eval_batches, source_at
 from jaxdistill.evaluate.text import excerpts
 from jaxdistill.formats.paths import write_text
 from jaxdistill.losses.chunked import default_chunk
@@ -38,7 +37,15 @@ from jaxdistill.optimizer import AdamW, WarmupCosine
 from jaxdistill.prune.baselines import even_importance, worst_first
 from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.importance import Importance
-from jaxdistill.prune.measure import Activations, Calibration, MaskGradients, RandomScores, Scorer, WeightMagnitude
+from jaxdistill.prune.measure import (
+    Activations,
+    Calibration,
+    MaskGradients,
+    RandomScores,
+    Scorer,
+    WeightMagnitude,
+    calibrate,
+)
 from jaxdistill.prune.slice import prune_model
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
@@ -53,7 +60,8 @@ from jaxdistill.train.config import (
     TrainConfig,
 )
 from jaxdistill.train.loop import train
-from jaxdistill.train.setup import as_batch, held_out_terms
+from jaxdistill.train.setup import held_out_terms
+from jaxdistill.types import as_batch
 
 SEEDS = (0, 1, 2)
 CALIBRATION_BATCHES = 16
@@ -145,11 +153,7 @@ class Bench:
     def calibration(self, model: Model, seed: int) -> Calibration:
         """The batches that `train` measures importance on, for this seed."""
         data = DataConfig(path=str(self.text), length=self.length, batch_size=self.batch_size, seed=seed)
-        loader = make_loader(data, model.tokenizer)
-        rows = [next(loader) for _ in range(CALIBRATION_BATCHES)]
-        loader.close()
-        batches = [jax.tree.map(jnp.asarray, as_batch(each, vocab=model.config.vocab)) for each in rows]
-        return Calibration(config=model.config, params=model.params, batches=batches)
+        return calibrate(model.config, model.params, model.tokenizer, data, batches=CALIBRATION_BATCHES)
 
     def held_out_numbers(self, model: Model, plan: Any) -> dict[str, float]:
         """Cross-entropy, KL and agreement of the teacher cut to a plan."""

@@ -1,0 +1,100 @@
+"""What a model costs to serve, from its shape alone: parameters, memory, and a roofline estimate of latency."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from jaxdistill.models.schema import count_parameters, schema
+from jaxdistill.specs import LayerSpec, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One device at its peak: dense 16-bit products per second (a multiply-add is two), and bytes of memory read per
+    second. Vendors' figures; no program reaches both."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+
+HARDWARE = {
+    "a100": Hardware(flops_per_second=312e12, bytes_per_second=2.04e12),
+    "h100": Hardware(flops_per_second=989e12, bytes_per_second=3.35e12),
+    "h200": Hardware(flops_per_second=989e12, bytes_per_second=4.8e12),
+    "tpu-v5e": Hardware(flops_per_second=197e12, bytes_per_second=0.82e12),
+    "tpu-v5p": Hardware(flops_per_second=459e12, bytes_per_second=2.77e12),
+    "tpu-v6e": Hardware(flops_per_second=918e12, bytes_per_second=1.64e12),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """How a model is served: rows at once, tokens of a prompt and its answer, bytes of a parameter or cached number."""
+
+    batch_size: int = 1
+    prompt: int = 4096
+    answer: int = 256
+    number_bytes: float = 2.0
+
+    def __post_init__(self):
+        if min(self.batch_size, self.prompt, self.answer, self.number_bytes) <= 0:
+            raise ValueError(f"{self}: every field must be positive.")
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.answer
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that one token meets. All of them: no layer of ours chooses among experts."""
+    return count_parameters(config)
+
+
+def cache_bytes(config: ModelConfig, workload: Workload) -> float:
+    """Keys and values of all rows at their full length."""
+    numbers = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in config.layers)
+    return numbers * workload.batch_size * workload.length * workload.number_bytes
+
+
+def memory_bytes(config: ModelConfig, workload: Workload) -> float:
+    """Weights and cache."""
+    return count_parameters(config) * workload.number_bytes + cache_bytes(config, workload)
+
+
+def latency_seconds(config: ModelConfig, workload: Workload, hardware: Hardware) -> float:
+    """Time for a batch of prompts and their answers: a lower bound by the roofline of one device.
+
+    Each attention, each feed-forward and the head takes the longer of its products at the peak rate and its weights and
+    cache at the peak bandwidth; parts do not overlap, and nothing else takes time. The prompt is one pass, every token
+    of the answer another one over a context of mean length.
+    """
+    rows, answer = workload.batch_size, workload.answer
+    context = workload.prompt + answer / 2
+    sizes = _part_sizes(config)
+    head = config.vocab * config.embed
+
+    def part(parameters: float, tokens: float, attended: float = 0.0, cached: float = 0.0) -> float:
+        flops = 2 * parameters * tokens + 4 * attended
+        moved = (parameters + cached) * workload.number_bytes
+        return max(flops / hardware.flops_per_second, moved / hardware.bytes_per_second)
+
+    def layer(index: int, spec: LayerSpec, tokens: float, keys: float) -> float:
+        width, stored = spec.mixer.heads * spec.mixer.head_dim, 2 * spec.mixer.kv_heads * spec.mixer.head_dim
+        attention = part(sizes[index]["mixer"], tokens, width * tokens * keys, stored * rows * keys)
+        return attention + part(sizes[index]["ffn"], tokens)
+
+    # Half of a prompt's keys are before the mean token.
+    prompt = sum(layer(i, s, rows * workload.prompt, workload.prompt / 2) for i, s in enumerate(config.layers))
+    step = sum(layer(i, s, rows, context) for i, s in enumerate(config.layers)) + part(head, rows)
+    return prompt + part(head, rows) + answer * step
+
+
+def _part_sizes(config: ModelConfig) -> list[dict[str, int]]:
+    """Parameters of every layer's mixer and ffn."""
+    sizes = [{"mixer": 0, "ffn": 0} for _ in config.layers]
+    for name, spec in schema(config).items():
+        if name.startswith("layers."):
+            _, index, part, *_ = name.split(".")
+            sizes[int(index)][part] += math.prod(spec.shape)
+    return sizes
