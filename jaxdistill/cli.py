@@ -78,8 +78,8 @@ def _dispatch(arguments: list[str]) -> None:
     name, *rest = arguments
     if name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}.")
-    if name == "train" and rest and not rest[0].startswith("-"):
-        _train(rest[0], rest[1:])
+    if name in RECIPES and rest and not rest[0].startswith("-"):
+        RECIPES[name](rest[0], rest[1:])
         return
     tyro.cli(COMMANDS[name], args=rest, prog=f"jaxdistill {name}")
 
@@ -105,6 +105,19 @@ def train(recipe: Annotated[Positional[str], arg(metavar="RECIPE")]) -> None:
         recipe: A Python file with a function `get_config()`.
     """
     _train(recipe, [])
+
+
+def search(recipe: Annotated[Positional[str], arg(metavar="RECIPE")]) -> None:
+    """Find the best shape under a budget: prune candidates, distil each briefly, rank them.
+
+    `jaxdistill search configs/search.py --help` shows the settings; each can be given after it, as in
+    `--train.teacher.path DIR --train.data.path FILE --train.held-out.path FILE --budget.parameters 0.75 --out OUT`.
+    The same command goes on after an interruption.
+
+    Args:
+        recipe: A Python file with a function `get_config()` that returns a SearchConfig.
+    """
+    _search(recipe, [])
 
 
 def evaluate(
@@ -344,6 +357,7 @@ def report(run: Annotated[Positional[str], arg(metavar="RUN")]) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "prune": prune,
+    "search": search,
     "evaluate": evaluate,
     "generate": generate,
     "convert": convert,
@@ -364,19 +378,32 @@ def _train(recipe: str, overrides: list[str]) -> None:
     train(config)
 
 
-def parse_recipe(recipe: str, overrides: Sequence[str]) -> Any:
+def _search(recipe: str, overrides: list[str]) -> None:
+    from jaxdistill.search import SearchConfig, search
+
+    config = parse_recipe(recipe, overrides, kind=SearchConfig, command="search")
+    config.check()
+    search(config)
+
+
+RECIPES: dict[str, Callable[[str, list[str]], None]] = {"train": _train, "search": _search}
+"""The commands that run a recipe."""
+
+
+def parse_recipe(recipe: str, overrides: Sequence[str], *, kind: type | None = None, command: str = "train") -> Any:
     """A recipe's configuration with the settings of a command line. Imports what the recipe imports, no more.
+    kind: what the command runs; None is a TrainConfig.
 
     Kinds (which losses, which optimizer) are the recipe's; the command line sets the numbers, names and choices in
     them. A number that may be a schedule takes a number.
     """
     module = load_recipe(recipe)
-    default = _default_config(module, recipe)
+    default = _default_config(module, recipe, kind)
     return tyro.cli(
         type(default),
         default=default,
         args=list(overrides),
-        prog=f"jaxdistill train {recipe}",
+        prog=f"jaxdistill {command} {recipe}",
         description=inspect.cleandoc(module.__doc__ or ""),
         config=(tyro.conf.AvoidSubcommands,),
         registry=_registry(),
@@ -404,17 +431,22 @@ def load_recipe(recipe: str) -> ModuleType:
     return module
 
 
-def _default_config(module: ModuleType, recipe: str) -> Any:
+def _default_config(module: ModuleType, recipe: str, kind: type | None) -> Any:
     from jaxdistill.train.config import TrainConfig
 
+    kind = kind or TrainConfig
     if not callable(vars(module).get("get_config")):
-        raise UsageError(f"the recipe {recipe} has no function get_config(); define one that returns a TrainConfig.")
+        raise UsageError(
+            f"the recipe {recipe} has no function get_config(); define one that returns a {kind.__name__}."
+        )
     try:
         config = module.get_config()
     except Exception as error:
         raise _recipe_error(Path(recipe), error) from error
-    if not isinstance(config, TrainConfig):
-        raise UsageError(f"get_config() of {recipe} returned a {type(config).__name__}; it must return a TrainConfig.")
+    if not isinstance(config, kind):
+        raise UsageError(
+            f"get_config() of {recipe} returned a {type(config).__name__}; it must return a {kind.__name__}."
+        )
     return config
 
 

@@ -153,6 +153,20 @@ class Optax:
         return None
 
 
+def side_by_side(
+    student: optax.GradientTransformationExtraArgs, teacher: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """One transformation for a state whose teacher learns too: everything else by the first, "teacher" by the second,
+    which finds the norm of its gradient itself."""
+
+    def update(updates, state, params=None, *, gradient_norm=None, **extra):
+        return teacher.update(updates, state, params, **extra)
+
+    alone = optax.GradientTransformationExtraArgs(teacher.init, update)
+    labels = {"student": "student", "objective": "student", "teacher": "teacher"}
+    return optax.partition({"student": student, "teacher": alone}, labels)
+
+
 def _clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
     """Scales updates so that their global norm is at most `largest`: by one factor, which costs no memory (optax's
     choice between two results keeps one of them). First in its chain: `gradient_norm=` is the norm of these updates,

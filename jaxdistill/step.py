@@ -34,14 +34,17 @@ def init_state(
     key: Any,
     student_embed: int,
     teacher_embed: int,
+    teacher: Params | None = None,
 ) -> TrainState:
-    """The state before the first step. student: the trainable leaves alone (see `partition.split`)."""
+    """The state before the first step. student: the trainable leaves alone (see `partition.split`). teacher: the
+    parameters of one that is corrected while it teaches, else None.
+    """
     objective = {
         name: term.parameters(jax.random.fold_in(key, index), student_embed=student_embed, teacher_embed=teacher_embed)
         for index, (name, term) in enumerate(terms.items())
         if isinstance(term, Parameterized)
     }
-    params = {"student": student, "objective": objective}
+    params = {"student": student, "objective": objective} | ({} if teacher is None else {"teacher": teacher})
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -52,16 +55,28 @@ def init_state(
 
 
 def state_shardings(
-    state: TrainState, student: Params, layout: Layout, optimizer: optax.GradientTransformation
+    state: TrainState,
+    student: Params,
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    *,
+    teacher: Params | None = None,
 ) -> TrainState:
     """Where a state lives: optimizer moments beside their parameters, everything else on all devices.
 
-    state: real or abstract. student: the shardings of the trainable leaves.
+    state: real or abstract. student, teacher: the shardings of the trainable leaves.
     """
     whole = layout.replicated()
     params = {"student": student, "objective": jax.tree.map(lambda _: whole, state.params["objective"])}
+    params |= {} if teacher is None else {"teacher": teacher}
     moments = optax.tree.map_params(
-        optimizer, lambda _, place: place, state.opt_state, params, transform_non_params=lambda _: whole
+        optimizer,
+        # Of two transformations side by side each has nothing where the other one works.
+        lambda moment, place: moment if isinstance(moment, optax.MaskedNode) else place,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda moment: isinstance(moment, optax.MaskedNode),
     )
     return dataclasses.replace(state, step=whole, params=params, opt_state=moments, rng=whole, skipped=whole)
 
@@ -77,6 +92,7 @@ def make_train_step(
     layout: Layout = Layout(),
     teacher_layout: Layout | None = None,
     gradient_shardings: Any = None,
+    correction: Mapping[str, Term] | None = None,
 ) -> TrainStep:
     """One optimizer step on one global batch, as a pure function to be jitted with the state donated.
 
@@ -86,19 +102,24 @@ def make_train_step(
     `state.params`); None leaves it to the compiler. A step whose loss or gradient is not finite changes nothing but
     `step` and `skipped`.
 
+    correction: terms that the teacher learns while it teaches; its parameters are then `state.params["teacher"]`, and
+    the step's teacher argument is not read. The norm of its gradient is not part of "gradient_norm".
+
     Metrics: "loss"; "terms", a `Mean` per term; "gradient_norm" before clipping; "skipped" (1 or 0).
     """
 
     on_scores = {name: term for name, term in terms.items() if not isinstance(term, HiddenMatch)}
     on_states = {name: term for name, term in terms.items() if isinstance(term, HiddenMatch)}
 
+    all_terms = dict(terms) | {_of_teacher(name): term for name, term in (correction or {}).items()}
     if on_states and teacher is None:
         raise ValueError(f"the terms {sorted(on_states)} compare hidden states, and there is no teacher.")
 
     def evaluated(params, frozen, teacher_params, batch: Batch, coefficients, step):
         """The scores' part of the loss, and every term's `Mean`."""
         outputs = student(partition.merge(params["student"], frozen), batch)
-        signal = None if teacher is None else jax.lax.stop_gradient(teacher(teacher_params, batch))
+        taught = None if teacher is None else teacher(params.get("teacher", teacher_params), batch)
+        signal = jax.lax.stop_gradient(taught)
         objective = params["objective"]
         loss, means = evaluate_terms(
             on_scores,
@@ -113,6 +134,21 @@ def make_train_step(
             layout=layout,
             teacher_layout=teacher_layout,
         )
+        if correction and taught is not None:
+            corrected, found = evaluate_terms(
+                correction,
+                taught,
+                None,
+                targets=batch.targets,
+                loss_mask=batch.loss_mask,
+                coefficients={name: coefficients[_of_teacher(name)] for name in correction},
+                parameters={},
+                step=step,
+                chunk=chunk,
+                layout=teacher_layout or layout,
+            )
+            loss += corrected
+            means |= {_of_teacher(name): mean for name, mean in found.items()}
         for name, term in on_states.items():
             assert signal is not None, "refused above"
             states = outputs.taps[name], signal.taps[name]
@@ -129,7 +165,7 @@ def make_train_step(
         return _placed((value, means, grads), gradient_shardings)
 
     def train_step(state, frozen, teacher_params, batch):
-        coefficients = term_coefficients(terms, batch.loss_mask.sum(), state.step)
+        coefficients = term_coefficients(all_terms, batch.loss_mask.sum(), state.step)
         given = state.params, frozen, teacher_params
         factors = None
         if accumulate > 1 and any(term.balance for term in on_states.values()):
@@ -142,8 +178,10 @@ def make_train_step(
             return gradients(*given, rows, coefficients, state.step, factors)
 
         loss, means, grads = _accumulated(micro, batch, accumulate, layout)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm({name: part for name, part in grads.items() if name != "teacher"})
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if "teacher" in grads:
+            finite &= jnp.isfinite(optax.tree.norm(grads["teacher"]))
 
         def update(params, opt_state):
             updates, opt_state = optimizer.update(grads, opt_state, params, step=state.step, gradient_norm=norm)
@@ -187,6 +225,11 @@ def make_eval_step(
         return means
 
     return eval_step
+
+
+def _of_teacher(name: str) -> str:
+    """A term that the teacher learns, among the metrics."""
+    return f"teacher_{name}"
 
 
 def _balanced(

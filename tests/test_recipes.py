@@ -20,9 +20,11 @@ import jax
 import pytest
 from compiling import unoptimised
 
+from jaxdistill.checkpoint.open import open_config
 from jaxdistill.models.export import write_hf
-from jaxdistill.models.schema import init_params
+from jaxdistill.models.schema import count_parameters, init_params
 from jaxdistill.prune.choose import Target
+from jaxdistill.search import Grid, search
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
 from jaxdistill.tokenizers import ByteTokenizer
 from jaxdistill.train.config import TrainConfig
@@ -31,6 +33,9 @@ from jaxdistill.train.loop import train
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "recipes"
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
+
+SEARCHES = {"search"}
+"""Recipes of `jaxdistill search`; all others are those of `jaxdistill train`."""
 
 TEACHER_LAYERS = 4
 TEACHER_MLP = 32
@@ -157,7 +162,7 @@ def small(tmp_path_factory) -> Iterator[Small]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_says_what_it_is_and_how_it_is_run(name):
     page = ast.get_docstring(ast.parse(RECIPES[name].read_text())) or ""
-    command = f"jaxdistill train configs/{name}.py"
+    command = f"jaxdistill {'search' if name in SEARCHES else 'train'} configs/{name}.py"
     assert command in page or f"make {name}" in page, f"the docstring of {name} shows its command"
     assert page.splitlines()[0].endswith((".", ",", ":")), "the first line says what the recipe does"
 
@@ -176,7 +181,7 @@ def test_no_golden_text_without_a_recipe():
     assert {path.stem for path in GOLDEN.glob("*.txt")} == set(RECIPES)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - SEARCHES))
 def test_trains_two_steps_when_shrunk(name, small, tmp_path):
     conversations = "CHATS" in RECIPES[name].read_text()
     config = shrink(load(RECIPES[name]), small, tmp_path, conversations=conversations)
@@ -190,6 +195,17 @@ def test_trains_two_steps_when_shrunk(name, small, tmp_path):
     assert all(math.isfinite(value) for value in result.held_out.values())
     assert result.student == tmp_path / "run" / "student"
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+
+
+def test_searches_two_candidates_when_shrunk(small, tmp_path):
+    config = load(RECIPES["search"])
+    run = shrink(config.train, small, tmp_path, conversations=False)
+    grid = Grid(layers=(3, 4), mlp=(16, 24, 32), embed=(16,))
+    config = dataclasses.replace(config, out=str(tmp_path / "search"), train=run, grid=grid, candidates=2)
+    ranked = search(config)
+    assert len(ranked) == 2
+    assert ranked[0].after <= ranked[1].after
+    assert all(row.costs["parameters"] <= 0.75 * count_parameters(open_config(small.teacher)) for row in ranked)
 
 
 def test_shrinking_keeps_what_a_recipe_is_about(small, tmp_path):

@@ -19,7 +19,7 @@ from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import Execution, apply
 from jaxdistill.models.schema import param_shardings
-from jaxdistill.optimizer import AdamW, Optax, scale_by_step
+from jaxdistill.optimizer import AdamW, Optax, scale_by_step, side_by_side
 from jaxdistill.sharding import DEFAULT_RULES, Layout, put_batch
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
 from jaxdistill.types import Batch
@@ -372,6 +372,52 @@ def test_a_balanced_term_adds_its_weight_times_the_other(accumulate):
     expected, _ = step(state, frozen, teacher, batch)
     changes = [jax.tree.map(lambda new, old: new - old, s.params, before) for s in (moved, expected)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *changes)
+
+
+@pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
+def test_a_teacher_that_is_corrected_learns_as_if_alone(layout):
+    """Its trajectory is that of training it by itself; the student learns from what it is at each step."""
+    place = LAYOUTS[layout]()
+    own, other = AdamW(learning_rate=0.02), AdamW(learning_rate=0.01, clip_norm=0.1)
+    optimizer, terms = side_by_side(own.build(10), other.build(10)), {"kl": ForwardKL()}
+    student, teacher = (jax.tree.map(jnp.array, p) for p in initial_values(64))
+    start = functools.partial(
+        init_state, terms=terms, optimizer=optimizer, key=jax.random.key(0), student_embed=16, teacher_embed=24
+    )
+    shardings = state_shardings(
+        jax.eval_shape(start, student, teacher=teacher),
+        param_shardings(STUDENT, place),
+        place,
+        optimizer,
+        teacher=param_shardings(TEACHER, place),
+    )
+    state = jax.jit(start, out_shardings=shardings)(student, teacher=teacher)
+    step = make_train_step(
+        functools.partial(apply, STUDENT, layout=place),
+        functools.partial(apply, TEACHER, layout=place),
+        terms,
+        optimizer,
+        chunk=16,
+        layout=place,
+        correction={"cross_entropy": CrossEntropy()},
+    )
+    step = jax.jit(step, out_shardings=(shardings, None))
+    alone_terms, alone = {"cross_entropy": CrossEntropy()}, other.build(10)
+    alone_state = init_state(teacher, alone_terms, alone, key=jax.random.key(0), student_embed=24, teacher_embed=24)
+    alone_step = jax.jit(make_train_step(functools.partial(apply, TEACHER), None, alone_terms, alone, chunk=16))
+    kl_step = jax.jit(
+        make_eval_step(functools.partial(apply, STUDENT), functools.partial(apply, TEACHER), terms, chunk=16)
+    )
+    for number in range(3):
+        batch = packed_batch(number)
+        kl = kl_step(jax.device_get(state.params["student"]), alone_state.params["student"], batch)["kl"].value
+        placed = put_batch(place, jax.tree.map(np.asarray, batch))
+        state, metrics = step(state, {}, {}, placed)
+        alone_state, alone_metrics = alone_step(alone_state, {}, None, batch)
+        assert float(metrics["terms"]["kl"].value) == pytest.approx(float(kl), rel=1e-4)
+        theirs, own_value = metrics["terms"]["teacher_cross_entropy"].value, alone_metrics["loss"]
+        assert float(theirs) == pytest.approx(float(own_value), rel=1e-5)
+        assert float(metrics["loss"]) == pytest.approx(float(kl + own_value), rel=1e-4)
 
 
 def test_optimizer_moments_live_beside_their_parameters():

@@ -136,6 +136,60 @@ def dot_rows(
     )
 
 
+def front_chart(
+    title: str,
+    unit: str,
+    points: Sequence[tuple[str, float, float, float]],
+    *,
+    front: Sequence[int],
+    x_title: str,
+) -> str:
+    """Named points (name, x, y before, y after): an open dot where each began, a full one where it ended, a line
+    through those of the front; "" when there are none."""
+    if not points:
+        return ""
+    width, height = 2 * WIDTH, int(1.6 * HEIGHT)
+    xs = [x for _, x, _, _ in points]
+    ys = [y for _, _, *both in points for y in both]
+    y_ticks = ticks(min(ys), max(ys), 6)
+    margin = 0.06 * (max(xs) - min(xs)) or 0.06 * max(xs)
+    x_low, x_high, y_low, y_high = min(xs) - margin, max(xs) + margin, y_ticks[0], y_ticks[-1]
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
+        return LEFT + across * (width - LEFT - RIGHT), height - BOTTOM - up * (height - TOP - BOTTOM)
+
+    parts = []
+    for y in y_ticks:
+        _, place = at(x_low, y)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{place + 4:.1f}" text-anchor="end">{tick(y)}</text>')
+    for x in (x for x in ticks(x_low, x_high, 6) if x_low <= x <= x_high):
+        place, _ = at(x, y_low)
+        parts.append(f'<text class="tick" x="{place:.1f}" y="{height - 10}" text-anchor="middle">{tick(x)}</text>')
+    line = " ".join("{:.1f},{:.1f}".format(*at(points[i][1], points[i][3])) for i in front)
+    parts.append(f'<polyline class="line c2" points="{line}"/>')
+    for index, (name, x, before, after) in enumerate(points):
+        (across, start), (_, end) = at(x, before), at(x, after)
+        told = escape(f"{name}: {value(x)} {x_title}, {value(before)} before, {value(after)} after")
+        colour = "c2" if index in front else "c0"
+        parts.append(f'<line class="span thin" x1="{across:.1f}" x2="{across:.1f}" y1="{start:.1f}" y2="{end:.1f}"/>')
+        parts.append(
+            f'<circle class="mark open" cx="{across:.1f}" cy="{start:.1f}" r="4"><title>{told}</title></circle>'
+        )
+        parts.append(
+            f'<circle class="mark {colour}" cx="{across:.1f}" cy="{end:.1f}" r="5"><title>{told}</title></circle>'
+        )
+    keys = (("c0 dot open", "before training"), ("c0 dot", "after"), ("c2 dot", "after, on the Pareto front"))
+    legend = "".join(f'<span class="key {style}"><i></i>{text}</span>' for style, text in keys)
+    return (
+        f'<figure class="card"><figcaption><h3>{escape(title)}</h3><span class="unit">{escape(unit)}</span>'
+        f'<div class="legend">{legend}</div></figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(f"{title}, {unit}, over {x_title}")}">'
+        f'{"".join(parts)}</svg><div class="axis">{escape(x_title)}</div></figure>'
+    )
+
+
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten apart) from at most `low` to at least `high`."""
     if not high > low:

@@ -26,7 +26,6 @@ def write_report(run: str | os.PathLike[str]) -> Path:
 
 def render(data: ReportData) -> str:
     """The page as HTML. A part without data is not there; text from outside is escaped."""
-    style = files("jaxdistill.report").joinpath("style.css").read_text(encoding="utf-8")
     sections = [
         _headline(data),
         _section("Models", _models(data)),
@@ -38,12 +37,18 @@ def render(data: ReportData) -> str:
         _section("Versions", _details("What it was made with", _flat(data.versions))),
     ]
     body = "\n".join(section for section in sections if section)
+    return html_page(data.title, body)
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page around some sections, with nothing from outside the file."""
+    style = files("jaxdistill.report").joinpath("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(data.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><p>jaxdistill</p><h1>{escape(data.title)}</h1></header>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<header><p>jaxdistill</p><h1>{escape(title)}</h1></header>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -109,7 +114,7 @@ def _models(data: ReportData) -> str:
         [m.name, m.family, f"{m.parameters:,}", f"{m.layers}", f"{m.vocab:,}", f"{m.bytes / 1e6:,.1f} MB"]
         for m in data.models
     ]
-    return _table(["", "family", "parameters", "layers", "vocabulary", "on disk"], rows)
+    return html_table(["", "family", "parameters", "layers", "vocabulary", "on disk"], rows)
 
 
 def _evaluation(data: ReportData) -> str:
@@ -218,7 +223,8 @@ def _duration(seconds: float) -> str:
 # Tables and lists.
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls where it is too wide; the first cell of a row names it."""
     cells = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{_rows(rows)}</tbody></table></div>'
 

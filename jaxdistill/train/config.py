@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jaxdistill.checkpoint.retention import Retention
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.hidden import HiddenMatch
-from jaxdistill.losses.terms import ForwardKL, Term
+from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import Execution
 from jaxdistill.optimizer import AdamW, Optimizer, WarmupCosine
 from jaxdistill.prune.choose import Target
@@ -21,6 +21,15 @@ DType = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What a teacher learns while it teaches, on the same batches: a light fine-tuning on the text that it is asked
+    about (LLM Pruning and Distillation in Practice, 2408.11796, section 3.1)."""
+
+    losses: dict[str, Term] = dataclasses.field(default_factory=lambda: {"cross_entropy": CrossEntropy()})
+    optimizer: Optimizer = dataclasses.field(default_factory=lambda: AdamW(learning_rate=WarmupCosine(peak=2e-5)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The model that is imitated."""
 
@@ -29,9 +38,19 @@ class TeacherConfig:
     alone."""
     parameter_dtype: DType = "float32"
     """How the teacher is held; a student that is made of its layers starts from these values."""
+    correction: Correction | None = None
+    """None leaves it as it is. Otherwise it learns, costs what a student of its size costs, and is saved with the run's
+    checkpoints."""
     execution: Execution = dataclasses.field(default_factory=Execution)
     rules: Rules = DEFAULT_RULES
     """Where its parameters live on the mesh."""
+
+    def __post_init__(self):
+        if self.correction is not None and self.parameter_dtype != "float32":
+            raise ValueError(
+                f"teacher.parameter_dtype is {self.parameter_dtype} and teacher.correction is set; a teacher that "
+                "learns is held in float32, or small steps would be lost to rounding."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,8 +241,8 @@ def batch_divisors(config: TrainConfig, devices: int, *, processes: int = 1) -> 
         )
 
 
-def as_document(config: TrainConfig) -> Any:
-    """The configuration as JSON values, for the run's directory and for comparison on resume."""
+def as_document(config: Any) -> Any:
+    """A configuration as JSON values, for the run's directory and for comparison on resume."""
     return _document(config)
 
 

@@ -39,6 +39,7 @@ from jaxdistill.train.setup import (
     Places,
     Programs,
     enable_compilation_cache,
+    join_processes,
     make_student,
     open_teacher,
     shared_tokenizer,
@@ -77,8 +78,7 @@ def train(config: TrainConfig) -> Result:
     directory = local_path(config.out)
     if config.log.wandb_project is not None:
         progress.require_wandb()
-    if config.processes == "automatic":
-        jax.distributed.initialize()
+    join_processes(config)
     batch_divisors(config, jax.device_count(), processes=jax.process_count())
     enable_compilation_cache(config.compilation_cache)
     checkpoints = RunCheckpoints(directory / "checkpoints", retention=config.checkpoints.retention)
@@ -138,7 +138,9 @@ class _Run:
         with self.clock.measure("start state"):
             self.state, self.step = self._first_state(student.trainable, resumed), resumed or 0
         self.saved_at = resumed
-        self.teacher_params = None if teacher is None else teacher.params
+        # A teacher that learns is part of the state.
+        learns = config.teacher.correction is not None
+        self.fixed_teacher = None if teacher is None else {} if learns else teacher.params
         # The state holds the trainable leaves from here on.
         self.student = dataclasses.replace(student, trainable={})
         self._write_description()
@@ -207,7 +209,7 @@ class _Run:
             own_rows = self.config.data.batch_size // jax.process_count()
             batch = self.programs.put(to_arrays([[]] * own_rows, self.config.data.length))
             self.say("compiling the train step")
-            arguments = (self.state, self.student.frozen, self.teacher_params, batch)
+            arguments = (self.state, self.student.frozen, self.fixed_teacher, batch)
             self.train_step = self.programs.train_step.lower(*arguments).compile()
 
     @contextlib.contextmanager
@@ -254,7 +256,7 @@ class _Run:
 
         while self.step < config.steps and not stop(self.step):
             batch = self.programs.put(next(self.loader))
-            self.state, metrics = self.train_step(self.state, self.student.frozen, self.teacher_params, batch)
+            self.state, metrics = self.train_step(self.state, self.student.frozen, self.fixed_teacher, batch)
             self.step += 1
             under_way.append(metrics)
             saves = self._due(config.checkpoints.every)
@@ -321,17 +323,17 @@ class _Run:
         self.say("held out: " + "  ".join(f"{name} {value:.4f}" for name, value in self.held_out.items()))
 
     def _evaluate(self) -> dict[str, float]:
-        params = self._student_params()
+        params, teacher = self._student_params(), self.state.params.get("teacher", self.fixed_teacher)
         sums: dict[str, Mean] = {}
         supervised_bytes = 0
         for rows in self.held_out_batches:
             supervised_bytes += int((rows["target_bytes"] * (rows["loss_mask"] > 0)).sum())
             batch = self.programs.put_global(rows)
-            means = self.programs.eval_step(params, self.teacher_params, batch)
+            means = self.programs.eval_step(params, teacher, batch)
             sums = progress.host_sum(sums, jax.device_get(means))
         bits = sums["cross_entropy"].total / math.log(2) / max(1, supervised_bytes)
         found = {"cross_entropy_nats": progress.mean(sums["cross_entropy"]), "bits_per_byte": bits}
-        if self.teacher_params is not None:
+        if teacher is not None:
             found = {"kl_nats": progress.mean(sums["kl"]), "agreement": progress.mean(sums["agreement"])} | found
         return found
 

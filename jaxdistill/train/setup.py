@@ -21,6 +21,7 @@ from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreeme
 from jaxdistill.models.decoder import apply
 from jaxdistill.models.flops import forward_flops, training_flops
 from jaxdistill.models.schema import init_params, param_shardings
+from jaxdistill.optimizer import side_by_side
 from jaxdistill.prune.choose import choose, equal_importance
 from jaxdistill.prune.importance import Importance
 from jaxdistill.prune.measure import Progress, calibrate
@@ -69,6 +70,12 @@ def enable_compilation_cache(choice: str | None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def join_processes(config: TrainConfig) -> None:
+    """Joins the processes of a pod or cluster, once, where the configuration asks for it."""
+    if config.processes == "automatic" and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
 
 
 def open_teacher(config: TrainConfig, places: Places) -> Model | None:
@@ -228,7 +235,10 @@ class Programs:
     """The pure steps of a run, jitted for its places."""
 
     def __init__(self, config: TrainConfig, student: Student, teacher: Model | None, places: Places):
+        correction = None if teacher is None else config.teacher.correction
         self.optimizer = config.optimizer.build(config.steps)
+        if correction is not None:
+            self.optimizer = side_by_side(self.optimizer, correction.optimizer.build(config.steps))
         self.terms = _resolved_terms(config, student, teacher)
         self.held_out_terms = held_out_terms(teacher is not None)
         self.chunk = config.chunk or default_chunk(student.config.vocab // places.student.split("vocab"))
@@ -248,9 +258,16 @@ class Programs:
         trainable, _ = partition.split(
             param_shardings(student.config, places.student), partition.matches(config.student.trainable)
         )
-        self._abstract = jax.eval_shape(start, student.trainable)
-        self.shardings = state_shardings(self._abstract, trainable, places.student, self.optimizer)
-        self.start = jax.jit(start, out_shardings=self.shardings, donate_argnums=0)
+        learner = None if correction is None or teacher is None else teacher.params
+        self._abstract = jax.eval_shape(start, student.trainable, teacher=learner)
+        self.shardings = state_shardings(
+            self._abstract,
+            trainable,
+            places.student,
+            self.optimizer,
+            teacher=None if learner is None or teacher is None else param_shardings(teacher.config, places.teacher),
+        )
+        self.start = functools.partial(jax.jit(start, out_shardings=self.shardings, donate_argnums=0), teacher=learner)
         step = make_train_step(
             functools.partial(forward, taps=hidden_taps(self.terms, "student")),
             teach and functools.partial(teach, taps=hidden_taps(self.terms, "teacher")),
@@ -261,6 +278,7 @@ class Programs:
             layout=places.student,
             teacher_layout=places.teacher,
             gradient_shardings=self.shardings.params if places.student.mesh is not None else None,
+            correction=None if correction is None else correction.losses,
         )
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         self.eval_step = jax.jit(
@@ -275,7 +293,8 @@ class Programs:
         )
         length = config.data.length
         flops = training_flops(student.config, length, frozen=partition.names(student.frozen))
-        flops += forward_flops(teacher.config, length) if teacher else 0.0
+        if teacher is not None:
+            flops += (training_flops if correction else forward_flops)(teacher.config, length)
         self.flops_per_step = config.data.batch_size * length * flops
 
     def expected_state(self) -> TrainState:

@@ -1,0 +1,298 @@
+"""Searching the shape of a student: candidates under a budget, each pruned from one measurement and briefly distilled.
+
+Which shape is best before training says little: rankings settle only while candidates learn (Compact Language Models
+via Pruning and Knowledge Distillation, 2407.14679, section 4.3). So every candidate is a short run of the same recipe,
+measured on held-out text before its first and after its last step. Everything resumes, inside a candidate too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxdistill.checkpoint.open import open_config, open_model
+from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.models.cost import (
+    HARDWARE,
+    Workload,
+    active_parameters,
+    latency_seconds,
+    memory_bytes,
+)
+from jaxdistill.models.export import check_exportable
+from jaxdistill.models.families.family import ConfigError
+from jaxdistill.models.schema import count_parameters
+from jaxdistill.prune.choose import Target, choose
+from jaxdistill.prune.importance import Importance
+from jaxdistill.report.search import Candidate, search_table, write_search_page
+from jaxdistill.specs import ModelConfig
+from jaxdistill.train.config import TrainConfig, as_document
+from jaxdistill.train.loop import train
+from jaxdistill.train.progress import Say
+from jaxdistill.train.setup import Places, enable_compilation_cache, join_processes, measure_parts
+
+Cost = Literal["parameters", "active_parameters", "memory_mb", "latency_ms"]
+HardwareName = Literal["a100", "h100", "h200", "tpu-v5e", "tpu-v5p", "tpu-v6e"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a student may cost; None is unlimited. A number of at most 1 is a share of the original's cost."""
+
+    parameters: float | None = None
+    active_parameters: float | None = None
+    memory_mb: float | None = None
+    """Weights and KV cache of the workload, in 10⁶ bytes."""
+    latency_ms: float | None = None
+    """For the workload's prompts and answers, by the roofline of one device (`models.cost.latency_seconds`)."""
+    workload: Workload = dataclasses.field(default_factory=Workload)
+    hardware: HardwareName = "h100"
+
+    def __post_init__(self):
+        if not self.limits:
+            raise ValueError("the budget limits nothing; give parameters, active_parameters, memory_mb or latency_ms.")
+        wrong = {name: limit for name, limit in self.limits.items() if not limit > 0}
+        if wrong:
+            raise ValueError(f"the budget has {wrong}; limits are positive.")
+
+    @property
+    def limits(self) -> dict[Cost, float]:
+        names: tuple[Cost, ...] = ("parameters", "active_parameters", "memory_mb", "latency_ms")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def costs(self, shape: ModelConfig) -> dict[Cost, float]:
+        """All costs of a shape."""
+        return {
+            "parameters": count_parameters(shape),
+            "active_parameters": active_parameters(shape),
+            "memory_mb": memory_bytes(shape, self.workload) / 1e6,
+            "latency_ms": 1e3 * latency_seconds(shape, self.workload, HARDWARE[self.hardware]),
+        }
+
+    def absolute(self, original: ModelConfig) -> dict[Cost, float]:
+        """The limits with shares as numbers."""
+        whole = self.costs(original)
+        return {name: limit * whole[name] if limit <= 1 else limit for name, limit in self.limits.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Sizes that are tried. Without choices of its own an axis has the multiples of a divisor that are left after at
+    most so large a share is cut; heads are kept unless given (LLM Pruning and Distillation in Practice, 2408.11796)."""
+
+    layers: tuple[int, ...] = ()
+    embed: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    kv_heads: tuple[int, ...] = ()
+    max_width_pruning: float = 0.4
+    max_depth_pruning: float = 0.2
+    layers_divisor: int = 2
+    embed_divisor: int | None = None
+    """None: the query heads times a power of two, at most a sixteenth of the width, for formats that want a multiple
+    of the heads."""
+    mlp_divisor: int | None = None
+    """None: a power of two, at most a sixteenth of the width."""
+
+    def __post_init__(self):
+        for name in ("max_width_pruning", "max_depth_pruning"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"Grid.{name} is {getattr(self, name)}; it is a share from 0 to below 1.")
+        for name in ("layers_divisor", "embed_divisor", "mlp_divisor"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"Grid.{name} is {getattr(self, name)}; it must be at least 1.")
+
+    def targets(self, config: ModelConfig) -> Iterator[Target]:
+        """All combinations, the original's own shape among them."""
+        spec, depth = config.layers[0], len(config.layers)
+        narrowest = min(layer.ffn.mlp for layer in config.layers)
+        embed_divisor = self.embed_divisor or _doubled(spec.mixer.heads, config.embed // 16)
+        mlp_divisor = self.mlp_divisor or _doubled(1, narrowest // 16)
+        axes: dict[str, tuple[int, ...]] = {
+            "layers": self.layers or _multiples(depth, self.layers_divisor, self.max_depth_pruning),
+            "embed": self.embed or _multiples(config.embed, embed_divisor, self.max_width_pruning),
+            "mlp": self.mlp or _multiples(narrowest, mlp_divisor, self.max_width_pruning),
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+        }
+        axes = {name: sizes for name, sizes in axes.items() if sizes}
+        for sizes in itertools.product(*axes.values()):
+            yield Target(**dict(zip(axes, sizes, strict=True)))
+
+
+def _doubled(start: int, most: int) -> int:
+    """start · 2ⁿ as near below a number as it gets; start itself if that is above."""
+    return start * 2 ** max(0, int(math.log2(max(1, most / start))))
+
+
+def _multiples(size: int, divisor: int, most_cut: float) -> tuple[int, ...]:
+    """Multiples of the divisor down to the smallest allowed size, and the size itself."""
+    smallest = math.ceil((1 - most_cut) * size)
+    return tuple(sorted({size, *range(-(-smallest // divisor) * divisor, size, divisor)}))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """A search: what a candidate's run is, what it may cost, and which are tried."""
+
+    out: str
+    """Where everything goes; one that holds a search of this configuration is resumed."""
+    train: TrainConfig
+    """The run of each candidate; its `out`, `export` and sizes are the search's business."""
+    budget: Budget
+    grid: Grid = dataclasses.field(default_factory=Grid)
+    candidates: int = 10
+    """How many are tried: those that use most of the budget."""
+
+    def __post_init__(self):
+        if self.candidates < 1:
+            raise ValueError(f"SearchConfig.candidates is {self.candidates}; it must be at least 1.")
+        student = self.train.student
+        if student.model is not None or student.plan is not None or not student.prune.changes_nothing:
+            raise ValueError("a search chooses the sizes itself; leave out train.student.prune, plan and model.")
+
+    def check(self) -> None:
+        """Refuses what cannot run, before any device is touched."""
+        if not self.out:
+            raise ValueError("no directory; give --out DIR.")
+        dataclasses.replace(self.train, out=self.out).check()
+        if self.train.held_out.path is None:
+            raise ValueError("candidates are compared on held-out text; give --train.held-out.path FILE.")
+
+
+def search(config: SearchConfig) -> list[Candidate]:
+    """Runs a search, prints the ranked table, writes OUT/search.json and OUT/search.html; returns the candidates, best
+    first. The same call goes on after an interruption. Raises ValueError where nothing fits the budget."""
+    config.check()
+    join_processes(config.train)
+    enable_compilation_cache(config.train.compilation_cache)
+    out, say, first = local_path(config.out), Say(), jax.process_index() == 0
+    original = open_config(config.train.student.path or config.train.teacher.path or "")
+    targets = feasible(config, original)
+    _check_same(out / "config.json", as_document(config), write=first)
+    say(f"{len(targets)} candidates of at most {_limits(config.budget, original)}")
+    scores: Importance | None = None
+    rows: list[Candidate] = []
+    for number, target in enumerate(targets):
+        name, shape = _name(target), target.resize(original)
+        plan = out / "plans" / f"{name}.json"
+        if not plan.exists():
+            scores = scores or _scores(config, out / "importance.npz", say)
+            if first:
+                choose(original, scores, target).save(plan)
+        say(f"candidate {number + 1}/{len(targets)}: {name}, {count_parameters(shape):,} parameters")
+        before, after = _distilled(config, out / "candidates" / name, plan)
+        costs = {str(cost): number for cost, number in config.budget.costs(shape).items()}
+        rows.append(Candidate(name=name, plan=str(plan), costs=costs, before=before, after=after))
+        if first:
+            _write(config, out, rows, planned=len(targets))
+    ranked = sorted(rows, key=lambda row: row.after)
+    say(f"\n{search_table(ranked, limited=tuple(config.budget.limits))}\n\npage: {out / 'search.html'}")
+    return ranked
+
+
+def feasible(config: SearchConfig, original: ModelConfig) -> list[Target]:
+    """The candidates: shapes of the grid within the budget that can be written as the run wants them, those that use
+    most of the first limit first. Raises ValueError when there are none."""
+    limits = config.budget.absolute(original)
+    main = next(iter(limits))
+    found: list[tuple[float, Target]] = []
+    smallest = math.inf
+    for target in config.grid.targets(original):
+        try:
+            shape = target.resize(original)
+            if config.train.export == "huggingface":
+                check_exportable(shape)
+        except ConfigError:
+            continue  # no format for it: say, an embedding that its heads do not divide
+        costs = config.budget.costs(shape)
+        smallest = min(smallest, costs[main])
+        if shape != original and all(costs[name] <= limit for name, limit in limits.items()):
+            found.append((costs[main], target))
+    if not found:
+        raise ValueError(
+            f"no shape of the grid fits {_limits(config.budget, original)}; the smallest has {main} {smallest:.4g}. "
+            "Allow more (grid.max_width_pruning, grid.max_depth_pruning), or give sizes (grid.layers, grid.mlp, …)."
+        )
+    found.sort(key=lambda each: -each[0])
+    return [target for _, target in found[: config.candidates]]
+
+
+def _limits(budget: Budget, original: ModelConfig) -> str:
+    return ", ".join(f"{name} {limit:,.4g}" for name, limit in budget.absolute(original).items())
+
+
+def _name(target: Target) -> str:
+    sizes = {field.name: getattr(target, field.name) for field in dataclasses.fields(target)}
+    return "-".join(f"{name}{size}" for name, size in sizes.items() if size is not None)
+
+
+def _scores(config: SearchConfig, file: Path, say: Say) -> Importance:
+    """The importance of the original's parts, measured once for all candidates."""
+    if file.exists():
+        return Importance.load(file)
+    places, path = Places.of(config.train), config.train.student.path
+    model = open_model(path or config.train.teacher.path or "", layout=places.student)
+    scores = measure_parts(
+        config.train, model, places.student, lambda done, total: say.progress(f"importance: batch {done}/{total}")
+    )
+    if jax.process_index() == 0:
+        scores.save(file)
+    return scores
+
+
+def _distilled(config: SearchConfig, directory: Path, plan: Path) -> tuple[float, float]:
+    """A candidate's distance from the teacher (or bits per byte) before and after its run."""
+    run = dataclasses.replace(
+        config.train,
+        out=str(directory),
+        student=dataclasses.replace(config.train.student, plan=str(plan)),
+        export="none",
+    )
+    result = directory / "result.json"
+    if not result.exists():
+        train(run)
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        measured = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
+        found = {"before": _score(measured[0]), "after": _score(measured[run.steps])}
+        if jax.process_index() == 0:
+            write_text(result, json.dumps(found) + "\n")
+            # A candidate's weights are many times its plan, and one is trained again for longer anyway.
+            shutil.rmtree(directory / "checkpoints")
+        return found["before"], found["after"]
+    found = json.loads(result.read_text())
+    return found["before"], found["after"]
+
+
+def _score(held_out: dict[str, float]) -> float:
+    return held_out.get("kl_nats", held_out["bits_per_byte"])
+
+
+def _check_same(file: Path, document: Any, *, write: bool) -> None:
+    """A search that is resumed compares candidates of one configuration."""
+    given = json.loads(json.dumps(document))
+    if file.exists() and json.loads(file.read_text()) != given:
+        raise ValueError(f"{file.parent} holds a search with other settings ({file}); choose another --out.")
+    if write:
+        write_text(file, json.dumps(given, indent=1) + "\n")
+
+
+def _write(config: SearchConfig, out: Path, rows: list[Candidate], *, planned: int) -> None:
+    ranked = sorted(rows, key=lambda row: row.after)
+    write_text(out / "search.json", json.dumps([dataclasses.asdict(row) for row in ranked], indent=1) + "\n")
+    write_search_page(
+        out / "search.html",
+        ranked,
+        limited=tuple(config.budget.limits),
+        unit="KL to the teacher, nats per token" if config.train.teacher.path else "bits per byte",
+        tokens=config.train.steps * config.train.data.batch_size * config.train.data.length,
+        left=planned - len(rows),
+    )

@@ -1,0 +1,140 @@
+"""The search: which shapes are tried, what a budget means, ranks and fronts, and going on after an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from tiny import llama
+from train.train_cases import Files
+
+from jaxdistill import search as search_module
+from jaxdistill.models.cost import Workload
+from jaxdistill.models.schema import count_parameters
+from jaxdistill.prune.choose import Target
+from jaxdistill.prune.plan import PrunePlan
+from jaxdistill.report.charts import front_chart
+from jaxdistill.report.search import Candidate, pareto_front, search_table
+from jaxdistill.search import Budget, Grid, SearchConfig, feasible, search
+from jaxdistill.train.config import StudentConfig
+
+SMOLLM2 = llama(vocab=49152, embed=576, layers=30, heads=9, kv_heads=3, mlp=1536)
+LLAMA8B = llama(vocab=128256, embed=4096, layers=32, heads=32, kv_heads=8, mlp=14336)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return Files(tmp_path_factory.mktemp("search")).write()
+
+
+def config(files, out, **changes) -> SearchConfig:
+    run = files.config(out / "unused", student=StudentConfig(calibration_batches=2), steps=3)
+    given = {"budget": Budget(parameters=0.9), "grid": Grid(layers=(2, 3), mlp=(8, 16)), "candidates": 3}
+    return SearchConfig(out=str(out), train=run, **{**given, **changes})
+
+
+def test_default_sizes_are_those_that_can_be_written():
+    """Multiples of the heads (transformers asks for them), down to the shares that may be cut."""
+    sizes = {axis: {getattr(t, axis) for t in Grid().targets(SMOLLM2)} for axis in ("layers", "embed", "mlp")}
+    assert sizes["layers"] == {24, 26, 28, 30}
+    assert sizes["embed"] == {360, 396, 432, 468, 504, 540, 576}
+    assert sizes["mlp"] == {*range(960, 1537, 64)}
+    assert all(size % 9 == 0 for size in sizes["embed"])
+    large = {axis: {getattr(t, axis) for t in Grid().targets(LLAMA8B)} for axis in ("embed", "mlp")}
+    assert large["embed"] == {*range(2560, 4097, 256)}  # ModelOpt's divisors
+    assert large["mlp"] == {*range(8704, 14337, 512)}
+
+
+def test_shapes_that_no_format_holds_are_left_out(files, tmp_path):
+    given = config(files, tmp_path, grid=Grid(embed=(360, 400), heads=(9,)), budget=Budget(parameters=1.0))
+    exported = dataclasses.replace(given, train=dataclasses.replace(given.train, export="huggingface"), candidates=99)
+    assert {t.embed for t in feasible(exported, SMOLLM2)} == {360}
+    assert {t.embed for t in feasible(dataclasses.replace(given, candidates=999), SMOLLM2)} == {360, 400}
+
+
+def test_candidates_are_within_every_limit_and_the_largest_come_first(files, tmp_path):
+    workload = Workload(batch_size=8, prompt=1024, answer=64)
+    budget = Budget(parameters=0.75, memory_mb=0.8, latency_ms=0.8, workload=workload, hardware="tpu-v5e")
+    found = feasible(config(files, tmp_path, budget=budget, grid=Grid(), candidates=7), SMOLLM2)
+    whole = budget.costs(SMOLLM2)
+    costs = [budget.costs(target.resize(SMOLLM2)) for target in found]
+    assert len(found) == 7
+    assert [c["parameters"] for c in costs] == sorted((c["parameters"] for c in costs), reverse=True)
+    for cost in costs:
+        assert cost["parameters"] <= 0.75 * whole["parameters"]
+        assert cost["memory_mb"] <= 0.8 * whole["memory_mb"]
+        assert cost["latency_ms"] <= 0.8 * whole["latency_ms"]
+    absolute = Budget(parameters=0.75 * whole["parameters"])
+    assert absolute.absolute(SMOLLM2) == Budget(parameters=0.75).absolute(SMOLLM2)
+
+
+def test_a_budget_that_nothing_fits_says_what_the_smallest_is(files, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"no shape of the grid fits parameters 1,125; the smallest has parameters 7140"
+    ):
+        feasible(config(files, tmp_path, budget=Budget(parameters=0.1), grid=Grid()), llama(vocab=264, layers=3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Budget(), "limits nothing"),
+        (lambda: Budget(parameters=-1.0), "limits are positive"),
+        (lambda: Grid(max_width_pruning=1.0), "a share from 0 to below 1"),
+        (lambda: Grid(mlp_divisor=0), "mlp_divisor is 0"),
+    ],
+)
+def test_wrong_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_sizes_and_held_out_text_are_the_searchs_business(files, tmp_path):
+    given = config(files, tmp_path)
+    sized = dataclasses.replace(given.train, student=StudentConfig(prune=Target(mlp=8)))
+    with pytest.raises(ValueError, match="a search chooses the sizes itself"):
+        dataclasses.replace(given, train=sized)
+    blind = dataclasses.replace(given.train, held_out=dataclasses.replace(given.train.held_out, path=None))
+    with pytest.raises(ValueError, match=r"give --train\.held-out\.path FILE"):
+        search(dataclasses.replace(given, train=blind))
+
+
+def test_a_search_ranks_draws_and_goes_on_after_an_interruption(files, tmp_path, monkeypatch, capsys):
+    given, trained = config(files, tmp_path), []
+
+    def once_interrupted(run):
+        if len(trained) == 1:
+            trained.append("interrupted")
+            raise KeyboardInterrupt
+        trained.append(run.out)
+        return search_train(run)
+
+    search_train = search_module.train
+    monkeypatch.setattr(search_module, "train", once_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(given)
+    assert "2 still to be tried" in (tmp_path / "search.html").read_text()
+    ranked = search(given)
+    assert len(trained) == 4  # three candidates and the interruption: none was trained twice
+    assert [row.after for row in ranked] == sorted(row.after for row in ranked)
+    assert {row["name"] for row in json.loads((tmp_path / "search.json").read_text())} == {r.name for r in ranked}
+    for row in ranked:
+        plan = PrunePlan.load(row.plan)
+        shape = plan.resize(llama(layers=3, vocab=264))
+        assert row.costs["parameters"] == count_parameters(shape)
+        assert not (tmp_path / "candidates" / row.name / "checkpoints").exists()
+    printed = capsys.readouterr().err
+    assert "rank before" in printed
+    assert str(tmp_path / "search.html") in printed
+    with pytest.raises(ValueError, match="holds a search with other settings"):
+        search(dataclasses.replace(given, candidates=2))
+
+
+def test_the_front_is_what_nothing_beats():
+    assert pareto_front([(3, 1.0), (1, 3.0), (2, 3.5), (2, 2.0), (4, 1.0)]) == [1, 3, 0]
+    rows = [Candidate(name="a", plan="p", costs={"parameters": 10.0}, before=2.0, after=1.0)]
+    line = search_table(rows, limited=("parameters",)).splitlines()[1]
+    assert line.split() == ["1", "a", "10", "2.0000", "1", "1.0000"]
+    assert front_chart("t", "u", [], front=[], x_title="x") == ""
+    assert "<polyline" in front_chart("t", "u", [("a", 10.0, 2.0, 1.0)], front=[0], x_title="x")
