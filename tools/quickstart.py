@@ -112,7 +112,8 @@ def plan(options: Quickstart, paths: dict[str, Path], *, spent: float) -> Any:
     student = config.student.prune.resize(teacher)
     forward = forward_flops(teacher, length)
     step = config.data.batch_size * length * (forward + training_flops(student, length, frozen=["embedding.kernel"]))
-    evaluation = share(options) * EVALUATED_TOKENS * (forward + 2 * forward_flops(student, length))
+    evaluation = share(options) * EVALUATED_TOKENS * (forward + 3 * forward_flops(student, length))
+    evaluation += config.student.calibration_batches * config.data.batch_size * length * forward
     flops = (options.seconds - spent - OTHER_SECONDS) * EFFICIENCY * matmul_rate() - evaluation
     steps = max(2, min(config.steps, math.floor(flops / step)))
     if steps < config.steps:
@@ -126,17 +127,20 @@ def share(options: Quickstart) -> float:
 
 
 def open_models(teacher: Path, result: Any) -> dict[str, Any]:
-    """Teacher, the student before training, and after."""
+    """Teacher, the same sizes chosen at random, the student before training, and after."""
     from jaxdistill.checkpoint.open import Model, open_model
+    from jaxdistill.prune.baselines import random_importance
+    from jaxdistill.prune.choose import choose
     from jaxdistill.prune.slice import prune_model
 
     original = open_model(teacher)
-    shape, params = prune_model(original.config, original.params, result.plan)
-    return {
-        "teacher": original,
-        "untrained": Model(shape, params, original.tokenizer),
-        "distilled": open_model(result.student),
+    target = runpy.run_path(str(RECIPE))["get_config"]().student.prune
+    by_chance = choose(original.config, random_importance(original.config, seed=0), target)
+    cut = {
+        name: Model(*prune_model(original.config, original.params, plan), original.tokenizer)
+        for name, plan in (("random", by_chance), ("pruned", result.plan))
     }
+    return {"teacher": original, **cut, "distilled": open_model(result.student)}
 
 
 def evaluate(models: dict[str, Any], paths: dict[str, Path], *, share: float) -> Any:
@@ -166,11 +170,13 @@ def evaluate(models: dict[str, Any], paths: dict[str, Path], *, share: float) ->
 
 
 def verdict(evaluation: Any) -> str:
-    """How much of what pruning lost came back."""
+    """What importance was worth, and how much of what pruning lost came back."""
     bits = {name: evaluation.all_text(name).bits_per_byte for name in evaluation.models}
-    closed = (bits["untrained"] - bits["distilled"]) / (bits["untrained"] - bits["teacher"])
+    closed = (bits["pruned"] - bits["distilled"]) / (bits["pruned"] - bits["teacher"])
     return (
-        f"Distillation closed {closed:.0%} of the gap in bits per byte between the untrained student and the teacher."
+        f"Cut at random the student needs {bits['random']:.2f} bits per byte, by importance {bits['pruned']:.2f}, and "
+        f"the teacher {bits['teacher']:.2f}. Distillation closed {closed:.0%} of the gap between the pruned student "
+        "and the teacher."
     )
 
 

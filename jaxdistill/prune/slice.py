@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -38,10 +38,19 @@ def prune_model(
     Raises ValueError for a plan of another model, and for sizes that the layout's mesh could divide before and cannot
     afterwards: an array that is not divided is held whole by every device.
     """
+    growth = config.embed / len(plan.embed) if norm_repair == "exact" else 1.0
+    smaller = plan.resize(config)
+    smaller = dataclasses.replace(smaller, norm_epsilon=smaller.norm_epsilon * growth)
+    return smaller, plan_cut(config, plan, layout=layout, norm_repair=norm_repair)(params)
+
+
+def plan_cut(
+    config: ModelConfig, plan: PrunePlan, *, layout: Layout = Layout(), norm_repair: NormRepair = "none"
+) -> Callable[[Params], Params]:
+    """The compiled function from a model's parameters to those that a plan keeps, for models of one shape."""
     smaller = plan.resize(config)
     _check_divisible(config, smaller, layout)
     growth = config.embed / smaller.embed if norm_repair == "exact" else 1.0
-    smaller = dataclasses.replace(smaller, norm_epsilon=smaller.norm_epsilon * growth)
 
     def cut(params: Params) -> Params:
         def made(leaf: StackedSpec) -> jax.Array:
@@ -51,7 +60,7 @@ def prune_model(
 
         return nested({path: made(leaf) for path, leaf in stacked_schema(smaller).items()})
 
-    return smaller, jax.jit(cut, out_shardings=param_shardings(smaller, layout))(params)
+    return jax.jit(cut, out_shardings=param_shardings(smaller, layout))
 
 
 def _cut_leaf(config: ModelConfig, params: Params, plan: PrunePlan, leaf: StackedSpec) -> jax.Array:

@@ -87,9 +87,9 @@ def _facts(data: ReportData) -> Iterator[tuple[str, str]]:
 
 
 def closed_gap(evaluation: Mapping[str, Any]) -> tuple[float, str, str] | None:
-    """(share, best student, worst student): how much of what lies between the worst and the teacher the best closed.
+    """(share, best student, next best): how much of what lies between the next best and the teacher the best closed.
 
-    None without a teacher, without two students, or where the worst is no worse than the teacher.
+    None without a teacher, without two students, or where the next best is no worse than the teacher.
     """
     bits = {
         name: number(model.get("all_text", {}).get("bits_per_byte")) for name, model in evaluation["models"].items()
@@ -98,10 +98,10 @@ def closed_gap(evaluation: Mapping[str, Any]) -> tuple[float, str, str] | None:
     students = {name: found for name, found in bits.items() if found is not None}
     if teacher is None or len(students) < 2:
         return None
-    worst, best = max(students, key=lambda n: students[n]), min(students, key=lambda n: students[n])
-    if not students[worst] > max(teacher, students[best]):
+    best, start = sorted(students, key=lambda n: students[n])[:2]
+    if not students[start] > max(teacher, students[best]):
         return None
-    return (students[worst] - students[best]) / (students[worst] - teacher), best, worst
+    return (students[start] - students[best]) / (students[start] - teacher), best, start
 
 
 # Sections.
