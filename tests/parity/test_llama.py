@@ -16,7 +16,8 @@ from jaxdistill.models.decoder import Rows, apply, scores
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.load import read_model
 from jaxdistill.models.schema import unstack
-from jaxdistill.prune.plan import depth_plan
+from jaxdistill.prune.baselines import random_importance
+from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.slice import prune_model
 from jaxdistill.tokenizers.load import load_tokenizer
 
@@ -195,7 +196,9 @@ def test_greedy_generation_with_a_cache(ours, theirs, tokenizer):
 def test_student_cut_from_the_teacher_loads_in_transformers(ours, tokenizer, text, tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
-    config, params = prune_model(*ours, depth_plan(ours[0], KEPT))
+    # Depth and all widths: 432 channels, which 6 query heads divide, as transformers wants it.
+    target = Target(layers=KEPT, embed=432, heads=6, mlp=1000)
+    config, params = prune_model(*ours, choose(ours[0], random_importance(ours[0], 0), target))
     folder = write_hf(
         tmp_path / "student", config, params, dtype="float32", tokenizer=tokenizer, max_shard_bytes=100_000_000
     )
