@@ -7,15 +7,16 @@ Neurons, channels (`--student.prune.embed`), query heads (`--student.prune.heads
 together. RUN/plan.json says which. The same in two commands, with the pruned model to look at in between:
 
     jaxdistill prune DIR --data FILE --mlp 1024 --out PRUNED
-    jaxdistill train configs/minitron.py --teacher.path DIR --student.path PRUNED/model --student.prune.mlp None …
+    jaxdistill train configs/minitron.py --teacher.path DIR --data.path FILE --student.path PRUNED/model --out RUN
 
 Teacher correction: when the text is not the teacher's own, the paper's second version first fine-tunes the teacher on
 it (configs/correct_teacher.py), at a fifth of its learning rate. Then --teacher.path is that run's student.
 
 Iterative, for less than half of the parameters: prune 30 %, distil, and prune the result again:
 
-    jaxdistill train configs/minitron.py --teacher.path DIR --student.prune.mlp 1024 --out FIRST …
-    jaxdistill train configs/minitron.py --teacher.path DIR --student.path FIRST/student --student.prune.mlp 704 …
+    jaxdistill train configs/minitron.py --teacher.path DIR --data.path FILE --student.prune.mlp 1024 --out FIRST
+    jaxdistill train configs/minitron.py --teacher.path DIR --data.path FILE --student.path FIRST/student \
+        --student.prune.mlp 704 --out SECOND
 
 Papers: Compact Language Models via Pruning and Knowledge Distillation (2407.14679) for importance and the objective,
 LLM Pruning and Distillation in Practice (2408.11796) for teacher correction. Measured: docs/papers.md.
@@ -24,14 +25,13 @@ LLM Pruning and Distillation in Practice (2408.11796) for teacher correction. Me
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.terms import ForwardKL
 from jaxdistill.optimizer import AdamW, WarmupCosine
-from jaxdistill.prune.choose import Target
 from jaxdistill.train.config import StudentConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         out="",
-        student=StudentConfig(prune=Target(mlp=1024), calibration_batches=64),
+        student=StudentConfig(calibration_batches=64),
         data=DataConfig(length=512, batch_size=16),
         losses={"kl": ForwardKL()},
         optimizer=AdamW(learning_rate=WarmupCosine(peak=3e-4)),

@@ -1,6 +1,7 @@
 """Minitron with a teacher that is corrected while it teaches: it learns the text beside the student.
 
-    jaxdistill train configs/minitron_correction.py --teacher.path DIR --data.path FILE --out RUN
+    jaxdistill train configs/minitron_correction.py \
+        --teacher.path DIR --data.path FILE --student.prune.mlp 1024 --out RUN
 
 As configs/minitron.py, and at every step the teacher takes a small step of its own by cross-entropy on the same batch.
 LLM Pruning and Distillation in Practice (2408.11796, section 3.1) found this as good as correcting it first
@@ -11,7 +12,6 @@ about a fifth of the one it was trained with. KL on held-out text is to the teac
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.terms import ForwardKL
 from jaxdistill.optimizer import AdamW, WarmupCosine
-from jaxdistill.prune.choose import Target
 from jaxdistill.train.config import Correction, StudentConfig, TeacherConfig, TrainConfig
 
 
@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
                 optimizer=AdamW(learning_rate=WarmupCosine(peak=6e-5, warmup=120 / steps, final=0.1)),
             )
         ),
-        student=StudentConfig(prune=Target(mlp=1024), calibration_batches=64),
+        student=StudentConfig(calibration_batches=64),
         data=DataConfig(length=512, batch_size=16),
         losses={"kl": ForwardKL()},
         optimizer=AdamW(learning_rate=WarmupCosine(peak=3e-4)),

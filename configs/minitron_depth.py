@@ -11,21 +11,21 @@ is cut hard, and nowhere else. When channels are cut too, the student's states g
 To choose layers by the loss without them, or as one contiguous block, prune first, and start from the result:
 
     jaxdistill prune DIR --data FILE --layers 16 --depth block-by-loss --out PRUNED
-    jaxdistill train configs/minitron_depth.py --teacher.path DIR --student.plan PRUNED/plan.json …
+    jaxdistill train configs/minitron_depth.py --teacher.path DIR --data.path FILE \
+        --student.plan PRUNED/plan.json --out RUN
 """
 
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import ForwardKL
 from jaxdistill.optimizer import AdamW, WarmupCosine
-from jaxdistill.prune.choose import Target
 from jaxdistill.train.config import StudentConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         out="",
-        student=StudentConfig(prune=Target(layers=16), calibration_batches=64),
+        student=StudentConfig(calibration_batches=64),
         data=DataConfig(length=512, batch_size=16),
         losses={
             "kl": ForwardKL(),

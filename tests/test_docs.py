@@ -25,6 +25,7 @@ from jaxdistill.checkpoint.open import open_config
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.schema import init_params
 from jaxdistill.prune.plan import PrunePlan
+from jaxdistill.search import SearchConfig
 from jaxdistill.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +129,6 @@ def test_pruning_from_python(places, tmp_path, monkeypatch):
     names: dict = {}
     with unoptimised():
         exec(compile(made_small(programs()[2], places), "docs/api.md", "exec"), names)
-    names["loader"].close()
     shape = open_config(tmp_path / "pruned")
     assert [layer.ffn.mlp for layer in shape.layers] == [24] * 3
     assert PrunePlan.load(tmp_path / "plan.json").layers == names["plan"].layers
@@ -141,7 +141,7 @@ def as_typed(line: str, places: dict[str, str]) -> list[str]:
     """The arguments of a command line; words in brackets are options, an ellipsis more of the same."""
     words = [word.rstrip("…") for word in shlex.split(line, comments=True)[1:]]
     names = places | {"RECIPE": "configs/distill.py"}
-    return [names.get(word, word) for word in words if not word.startswith("[")]
+    return [names.get(word, word) for word in words if word and not word.startswith("[")]
 
 
 def test_commands_are_found():
@@ -156,6 +156,10 @@ def test_command_lines_parse(page, line, places, monkeypatch):
     assert command in cli.COMMANDS
     if not arguments:
         return  # the command is mentioned, not shown
+    if command == "search":
+        recipe = arguments[0].replace("configs/distill.py", "configs/search.py")
+        cli.parse_recipe(recipe, arguments[1:], kind=SearchConfig, command="search")
+        return
     if command == "train":
         recipe, *overrides = arguments
         # A reader's own recipe has the program of docs/api.md in it.

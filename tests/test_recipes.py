@@ -108,7 +108,9 @@ def write_small(directory: Path) -> Small:
     return Small(str(teacher), str(text), str(conversations))
 
 
-def shrink(config: TrainConfig, small: Small, directory: Path, *, conversations: bool) -> TrainConfig:
+def shrink(
+    config: TrainConfig, small: Small, directory: Path, *, conversations: bool = False, command: str = ""
+) -> TrainConfig:
     """The same run in small: two steps of short rows on a tiny model, on the mesh that the recipe asks for.
 
     Layers to keep are mapped to the tiny teacher's depth. What else a recipe says (losses, optimizer, dtypes, remat,
@@ -120,6 +122,9 @@ def shrink(config: TrainConfig, small: Small, directory: Path, *, conversations:
             student, model=dataclasses.replace(student.model, layers=student.model.layers[:2])
         )
     layers, mlp = student.prune.layers, student.prune.mlp
+    # Sizes that the page's command gives.
+    layers = TEACHER_LAYERS - 1 if "--student.prune.layers" in command else layers
+    mlp = TEACHER_MLP if "--student.prune.mlp" in command else mlp
     if isinstance(layers, int):
         layers = min(layers, TEACHER_LAYERS - 1)
     elif layers is not None:
@@ -183,8 +188,9 @@ def test_no_golden_text_without_a_recipe():
 
 @pytest.mark.parametrize("name", sorted(RECIPES.keys() - SEARCHES))
 def test_trains_two_steps_when_shrunk(name, small, tmp_path):
-    conversations = "CHATS" in RECIPES[name].read_text()
-    config = shrink(load(RECIPES[name]), small, tmp_path, conversations=conversations)
+    page = RECIPES[name].read_text()
+    command = page.partition("jaxdistill train")[2].partition("--out")[0]
+    config = shrink(load(RECIPES[name]), small, tmp_path, conversations="CHATS" in page, command=command)
     result = train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -199,7 +205,7 @@ def test_trains_two_steps_when_shrunk(name, small, tmp_path):
 
 def test_searches_two_candidates_when_shrunk(small, tmp_path):
     config = load(RECIPES["search"])
-    run = shrink(config.train, small, tmp_path, conversations=False)
+    run = shrink(config.train, small, tmp_path)
     grid = Grid(layers=(3, 4), mlp=(16, 24, 32), embed=(16,))
     config = dataclasses.replace(config, out=str(tmp_path / "search"), train=run, grid=grid, candidates=2)
     ranked = search(config)
@@ -209,7 +215,7 @@ def test_searches_two_candidates_when_shrunk(small, tmp_path):
 
 
 def test_shrinking_keeps_what_a_recipe_is_about(small, tmp_path):
-    pod = shrink(load(RECIPES["llama31_8b_to_4b"]), small, tmp_path, conversations=False)
+    pod = shrink(load(RECIPES["llama31_8b_to_4b"]), small, tmp_path)
     assert pod.student.prune.layers == (0, 1, 3)  # layers 0-14 and 31 of 32, on four layers
     assert pod.student.execution.remat == "block"
     assert pod.teacher.parameter_dtype == "bfloat16"
