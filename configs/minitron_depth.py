@@ -4,9 +4,10 @@
         --teacher.path DIR --data.path FILE --student.prune.layers 16 --out RUN
 
 The layers of highest Block Influence stay. Besides the scores, the output of the student's last block but one is
-matched with the teacher's, and so are the embeddings, each term as large as the KL at every step: after Compact
-Language Models via Pruning and Knowledge Distillation (2407.14679, table 12), which found that states help where depth
-is cut hard, and nowhere else. When channels are cut too, the student's states go through one learned map.
+matched with the teacher's, as large a term as the KL at every step: after Compact Language Models via Pruning and
+Knowledge Distillation (2407.14679, table 12), which found that states help where depth is cut hard, and nowhere else.
+When channels are cut too, the student's states go through a learned map, and a second term on the embeddings makes
+sense: `HiddenMatch(layers=((0, 0),), point="input", balance="kl")`. While the widths are equal the embeddings are too.
 
 To choose layers by the loss without them, or as one contiguous block, prune first, and start from the result:
 
@@ -30,7 +31,6 @@ def get_config() -> TrainConfig:
         losses={
             "kl": ForwardKL(),
             "blocks": HiddenMatch(layers=((-2, -2),), balance="kl"),
-            "embedding": HiddenMatch(layers=((0, 0),), point="input", balance="kl"),
         },
         optimizer=AdamW(learning_rate=WarmupCosine(peak=3e-4)),
         steps=1000,

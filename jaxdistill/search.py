@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.experimental import multihost_utils
 
+from jaxdistill.checkpoint.compatible import check_compatible
 from jaxdistill.checkpoint.open import open_config, open_model
 from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.jobs.inspect import metric_lines
 from jaxdistill.models.cost import (
     HARDWARE,
     Workload,
@@ -34,9 +37,10 @@ from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.importance import Importance
 from jaxdistill.report.search import Candidate, search_table, write_search_page
 from jaxdistill.specs import ModelConfig
+from jaxdistill.train import config as train_config
 from jaxdistill.train.config import TrainConfig, as_document
-from jaxdistill.train.loop import train
-from jaxdistill.train.progress import Say
+from jaxdistill.train.loop import TrainingStopped, train
+from jaxdistill.train.progress import Say, finite
 from jaxdistill.train.setup import Places, enable_compilation_cache, join_processes, measure_parts
 
 Cost = Literal["parameters", "active_parameters", "memory_mb", "latency_ms"]
@@ -125,7 +129,12 @@ class Grid:
         }
         axes = {name: sizes for name, sizes in axes.items() if sizes}
         for sizes in itertools.product(*axes.values()):
-            yield Target(**dict(zip(axes, sizes, strict=True)))
+            target = Target(**dict(zip(axes, sizes, strict=True)))
+            groups, size = target.kv_heads or spec.mixer.kv_heads, spec.mixer.heads // spec.mixer.kv_heads
+            heads = target.heads or groups * size
+            # Every key-value head has equally many query heads, no more than it had.
+            if heads % groups == 0 and heads <= groups * size:
+                yield target
 
 
 def _doubled(start: int, most: int) -> int:
@@ -177,19 +186,24 @@ def search(config: SearchConfig) -> list[Candidate]:
     out, say, first = local_path(config.out), Say(), jax.process_index() == 0
     original = open_config(config.train.student.path or config.train.teacher.path or "")
     targets = feasible(config, original)
-    _check_same(out / "config.json", as_document(config), write=first)
+    _check_same(out / "config.json", as_document(config))
     say(f"{len(targets)} candidates of at most {_limits(config.budget, original)}")
     scores: Importance | None = None
     rows: list[Candidate] = []
     for number, target in enumerate(targets):
         name, shape = _name(target), target.resize(original)
         plan = out / "plans" / f"{name}.json"
-        if not plan.exists():
+        if not _exists(plan):
             scores = scores or _scores(config, out / "importance.npz", say)
             if first:
+                write_text(out / "config.json", json.dumps(as_document(config), indent=1) + "\n")
                 choose(original, scores, target).save(plan)
         say(f"candidate {number + 1}/{len(targets)}: {name}, {count_parameters(shape):,} parameters")
-        before, after = _distilled(config, out / "candidates" / name, plan)
+        found = _distilled(config, out / "candidates" / name, plan)
+        if found is None:
+            say("stopped; the same command goes on")
+            return sorted(rows, key=lambda row: row.after)
+        before, after = found
         costs = {str(cost): number for cost, number in config.budget.costs(shape).items()}
         rows.append(Candidate(name=name, plan=str(plan), costs=costs, before=before, after=after))
         if first:
@@ -249,8 +263,9 @@ def _scores(config: SearchConfig, file: Path, say: Say) -> Importance:
     return scores
 
 
-def _distilled(config: SearchConfig, directory: Path, plan: Path) -> tuple[float, float]:
-    """A candidate's distance from the teacher (or bits per byte) before and after its run."""
+def _distilled(config: SearchConfig, directory: Path, plan: Path) -> tuple[float, float] | None:
+    """A candidate's distance from the teacher (or bits per byte) before and after its run; infinite when it diverged,
+    None when it was stopped by a signal."""
     run = dataclasses.replace(
         config.train,
         out=str(directory),
@@ -258,36 +273,56 @@ def _distilled(config: SearchConfig, directory: Path, plan: Path) -> tuple[float
         export="none",
     )
     result = directory / "result.json"
-    if not result.exists():
-        train(run)
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        measured = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
-        found = {"before": _score(measured[0]), "after": _score(measured[run.steps])}
+    if not _exists(result):
+        try:
+            if train(run).step < run.steps:
+                return None
+        except TrainingStopped:
+            pass  # its steps were not finite: what it has measured so far is all there is
         if jax.process_index() == 0:
-            write_text(result, json.dumps(found) + "\n")
+            write_text(result, json.dumps(_measured(directory / "metrics.jsonl", run.steps)) + "\n")
             # A candidate's weights are many times its plan, and one is trained again for longer anyway.
-            shutil.rmtree(directory / "checkpoints")
-        return found["before"], found["after"]
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    _together()
     found = json.loads(result.read_text())
-    return found["before"], found["after"]
+    return _number(found["before"]), _number(found["after"])
 
 
-def _score(held_out: dict[str, float]) -> float:
-    return held_out.get("kl_nats", held_out["bits_per_byte"])
+def _measured(metrics: Path, steps: int) -> dict[str, float | None]:
+    """The score before the first and after the last step; None where there is none, or none that is finite."""
+    held_out = {line["step"]: line["held_out"] for line in metric_lines(metrics) if "held_out" in line}
+    scores = {step: found.get("kl_nats", found["bits_per_byte"]) for step, found in held_out.items()}
+    return {"before": scores.get(0), "after": scores.get(steps)}
 
 
-def _check_same(file: Path, document: Any, *, write: bool) -> None:
+def _number(score: float | None) -> float:
+    return math.inf if score is None else score
+
+
+def _exists(file: Path) -> bool:
+    """Whether a file is there, as all processes agree: no one looks before the others have written."""
+    _together()
+    return file.exists()
+
+
+def _together() -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("search")
+
+
+MAY_CHANGE = {"out", "candidates", *(f"train.{name}" for name in train_config.MAY_CHANGE)}
+
+
+def _check_same(file: Path, document: Any) -> None:
     """A search that is resumed compares candidates of one configuration."""
-    given = json.loads(json.dumps(document))
-    if file.exists() and json.loads(file.read_text()) != given:
-        raise ValueError(f"{file.parent} holds a search with other settings ({file}); choose another --out.")
-    if write:
-        write_text(file, json.dumps(given, indent=1) + "\n")
+    if file.exists():
+        check_compatible(json.loads(file.read_text()), document, may_change=MAY_CHANGE)
 
 
 def _write(config: SearchConfig, out: Path, rows: list[Candidate], *, planned: int) -> None:
     ranked = sorted(rows, key=lambda row: row.after)
-    write_text(out / "search.json", json.dumps([dataclasses.asdict(row) for row in ranked], indent=1) + "\n")
+    rows_of_json = [finite(dataclasses.asdict(row)) for row in ranked]
+    write_text(out / "search.json", json.dumps(rows_of_json, indent=1) + "\n")
     write_search_page(
         out / "search.html",
         ranked,

@@ -23,6 +23,8 @@ from jaxdistill.sharding import BATCH_AXES, Layout
 from jaxdistill.types import Batch, Mean, Outputs, Params, TrainState
 
 Apply = Callable[[Params, Batch], Outputs]
+ROUNDING = 1e-6
+"""A mean distance of hidden states that float32 cannot tell from 0."""
 TrainStep = Callable[[TrainState, Params, Params | None, Batch], tuple[TrainState, dict[str, Any]]]
 
 
@@ -229,7 +231,7 @@ def make_eval_step(
 
 def _of_teacher(name: str) -> str:
     """A term that the teacher learns, among the metrics."""
-    return f"teacher_{name}"
+    return f"teacher/{name}"
 
 
 def _balanced(
@@ -243,7 +245,9 @@ def _balanced(
             other, own = coefficients[term.balance] * means[term.balance].total, means[name].total
             # Both are sums over the same positions; the weight stays, the division by their count is the other's.
             weight = coefficients[name] * means[name].count
-            factors[name] = weight * jnp.where(own == 0, 0.0, other / jnp.where(own == 0, 1.0, own))
+            # States that are equal but for rounding have nothing to learn, and rounding has a direction.
+            equal = own <= ROUNDING * means[name].count
+            factors[name] = weight * jnp.where(equal, 0.0, other / jnp.where(equal, 1.0, own))
     return jax.lax.stop_gradient(factors)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 import pytest
 from tiny import llama
-from train.train_cases import Files
+from train.train_cases import Files, poisoned
+from train.train_cases import run as train_stopped
 
 from jaxdistill import search as search_module
 from jaxdistill.models.cost import Workload
@@ -100,23 +103,21 @@ def test_sizes_and_held_out_text_are_the_searchs_business(files, tmp_path):
         search(dataclasses.replace(given, train=blind))
 
 
-def test_a_search_ranks_draws_and_goes_on_after_an_interruption(files, tmp_path, monkeypatch, capsys):
-    given, trained = config(files, tmp_path), []
+def test_a_search_ranks_draws_and_goes_on_after_a_signal(files, tmp_path, monkeypatch, capsys):
+    given, runs = config(files, tmp_path), []
+    plain = search_module.train
 
-    def once_interrupted(run):
-        if len(trained) == 1:
-            trained.append("interrupted")
-            raise KeyboardInterrupt
-        trained.append(run.out)
-        return search_train(run)
+    def stopped_in_the_second(run):
+        runs.append(Path(run.out).name)
+        return train_stopped(run, stop_after=1) if len(runs) == 2 else plain(run)
 
-    search_train = search_module.train
-    monkeypatch.setattr(search_module, "train", once_interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        search(given)
+    monkeypatch.setattr(search_module, "train", stopped_in_the_second)
+    assert len(search(given)) == 1
     assert "2 still to be tried" in (tmp_path / "search.html").read_text()
-    ranked = search(given)
-    assert len(trained) == 4  # three candidates and the interruption: none was trained twice
+    assert "the same command goes on" in capsys.readouterr().err
+    ranked = search(dataclasses.replace(given, train=dataclasses.replace(given.train, export_dtype="bfloat16")))
+    assert runs.count(runs[0]) == 1, "the first candidate was not trained again"
+    assert runs.count(runs[1]) == 2
     assert [row.after for row in ranked] == sorted(row.after for row in ranked)
     assert {row["name"] for row in json.loads((tmp_path / "search.json").read_text())} == {r.name for r in ranked}
     for row in ranked:
@@ -127,8 +128,32 @@ def test_a_search_ranks_draws_and_goes_on_after_an_interruption(files, tmp_path,
     printed = capsys.readouterr().err
     assert "rank before" in printed
     assert str(tmp_path / "search.html") in printed
-    with pytest.raises(ValueError, match="holds a search with other settings"):
-        search(dataclasses.replace(given, candidates=2))
+    with pytest.raises(ValueError, match="1 fields differ"):
+        search(dataclasses.replace(given, budget=Budget(parameters=0.8)))
+
+
+def test_a_candidate_that_diverges_is_ranked_last_and_not_tried_again(files, tmp_path, monkeypatch):
+    given = config(files, tmp_path, candidates=2)
+    run = dataclasses.replace(given.train, losses=poisoned(1, 2), stop_after_skipped=1)
+    given = dataclasses.replace(given, train=run)
+    first = search(given)
+    assert [row.after for row in first] == [math.inf, math.inf]
+    monkeypatch.setattr(search_module, "train", None)
+    assert search(given) == first
+    assert "diverged" in (tmp_path / "search.html").read_text()
+
+
+def test_a_first_attempt_that_measured_nothing_locks_nothing(files, tmp_path):
+    given = config(files, tmp_path, candidates=1)
+    wrong = dataclasses.replace(given.train, data=dataclasses.replace(given.train.data, path="nowhere.jsonl"))
+    with pytest.raises(Exception, match="nowhere"):
+        search(dataclasses.replace(given, train=wrong))
+    assert len(search(given)) == 1
+
+
+def test_heads_that_no_group_divides_are_left_out():
+    targets = list(Grid(heads=(9, 6), kv_heads=(3, 2)).targets(SMOLLM2))
+    assert {(t.heads, t.kv_heads) for t in targets} == {(9, 3), (6, 3), (6, 2)}
 
 
 def test_the_front_is_what_nothing_beats():

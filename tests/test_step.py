@@ -357,6 +357,18 @@ def test_hidden_states_are_matched_alike_in_every_setting(setting):
     assert projections == {"blocks": (16, 24), "embedding": (16, 24)}
 
 
+def test_states_that_are_equal_but_for_rounding_are_not_balanced():
+    """The embedding of a student that was cut in depth is the teacher's: rounding must not become a loss."""
+    terms = {"kl": ForwardKL(), "embedding": HiddenMatch(layers=((0, 0),), point="input", balance="kl")}
+    config, params = TEACHER, jax.tree.map(jnp.array, initial_values(64)[1])
+    optimizer = Optax(optax.sgd(0.1)).build(10)
+    tapped = [functools.partial(apply, config, taps=hidden_taps(terms, side)) for side in ("student", "teacher")]
+    other = {**params, "segments": jax.tree.map(lambda x: 1.3 * x, params["segments"])}
+    state = init_state(other, terms, optimizer, key=jax.random.key(0), student_embed=24, teacher_embed=24)
+    _, metrics = jax.jit(make_train_step(*tapped, terms, optimizer, chunk=16))(state, {}, params, packed_batch())
+    assert float(metrics["loss"]) == pytest.approx(float(metrics["terms"]["kl"].value), rel=1e-5)
+
+
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_balanced_term_adds_its_weight_times_the_other(accumulate):
     """L = 0.5 KL + 2 · H · sg(0.5 KL / H): in value three times the first; in gradient H's own direction."""
@@ -379,7 +391,10 @@ def test_a_teacher_that_is_corrected_learns_as_if_alone(layout):
     """Its trajectory is that of training it by itself; the student learns from what it is at each step."""
     place = LAYOUTS[layout]()
     own, other = AdamW(learning_rate=0.02), AdamW(learning_rate=0.01, clip_norm=0.1)
-    optimizer, terms = side_by_side(own.build(10), other.build(10)), {"kl": ForwardKL()}
+    optimizer = side_by_side(own.build(10), other.build(10))
+    # Hidden states too: no gradient of theirs may reach the teacher.
+    states = HiddenMatch(layers=((0, 1),), distance="mse")
+    terms = {"kl": ForwardKL(), "states": states}
     student, teacher = (jax.tree.map(jnp.array, p) for p in initial_values(64))
     start = functools.partial(
         init_state, terms=terms, optimizer=optimizer, key=jax.random.key(0), student_embed=16, teacher_embed=24
@@ -393,8 +408,8 @@ def test_a_teacher_that_is_corrected_learns_as_if_alone(layout):
     )
     state = jax.jit(start, out_shardings=shardings)(student, teacher=teacher)
     step = make_train_step(
-        functools.partial(apply, STUDENT, layout=place),
-        functools.partial(apply, TEACHER, layout=place),
+        functools.partial(apply, STUDENT, layout=place, taps=hidden_taps(terms, "student")),
+        functools.partial(apply, TEACHER, layout=place, taps=hidden_taps(terms, "teacher")),
         terms,
         optimizer,
         chunk=16,
@@ -406,7 +421,9 @@ def test_a_teacher_that_is_corrected_learns_as_if_alone(layout):
     alone_state = init_state(teacher, alone_terms, alone, key=jax.random.key(0), student_embed=24, teacher_embed=24)
     alone_step = jax.jit(make_train_step(functools.partial(apply, TEACHER), None, alone_terms, alone, chunk=16))
     kl_step = jax.jit(
-        make_eval_step(functools.partial(apply, STUDENT), functools.partial(apply, TEACHER), terms, chunk=16)
+        make_eval_step(
+            functools.partial(apply, STUDENT), functools.partial(apply, TEACHER), {"kl": ForwardKL()}, chunk=16
+        )
     )
     for number in range(3):
         batch = packed_batch(number)
@@ -415,9 +432,10 @@ def test_a_teacher_that_is_corrected_learns_as_if_alone(layout):
         state, metrics = step(state, {}, {}, placed)
         alone_state, alone_metrics = alone_step(alone_state, {}, None, batch)
         assert float(metrics["terms"]["kl"].value) == pytest.approx(float(kl), rel=1e-4)
-        theirs, own_value = metrics["terms"]["teacher_cross_entropy"].value, alone_metrics["loss"]
+        theirs, own_value = metrics["terms"]["teacher/cross_entropy"].value, alone_metrics["loss"]
         assert float(theirs) == pytest.approx(float(own_value), rel=1e-5)
-        assert float(metrics["loss"]) == pytest.approx(float(kl + own_value), rel=1e-4)
+        matched = metrics["terms"]["states"].value
+        assert float(metrics["loss"]) == pytest.approx(float(kl + own_value + matched), rel=1e-4)
 
 
 def test_optimizer_moments_live_beside_their_parameters():

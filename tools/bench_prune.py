@@ -86,7 +86,7 @@ def measure_plan(model: Model, scores: Importance, repeats: int) -> None:
         heads=spec.mixer.heads * 2 // 3 // spec.mixer.kv_heads * spec.mixer.kv_heads,
     )
     plan = choose(model.config, scores, target)
-    cut = plan_cut(model.config, plan)
+    _, cut = plan_cut(model.config, plan)
     add = jax.jit(lambda params: sum(leaf.sum() for leaf in jax.tree.leaves(params)))
     jax.block_until_ready((cut(model.params), add(model.params)))
     with tempfile.TemporaryDirectory() as directory:

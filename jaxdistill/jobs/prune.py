@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +19,16 @@ from jaxdistill.jobs.inspect import describe_path
 from jaxdistill.jobs.stage import counted, stage, whole_machine
 from jaxdistill.models.decoder import Execution
 from jaxdistill.models.export import check_exportable, write_hf
+from jaxdistill.prune.baselines import random_importance, weight_magnitude
 from jaxdistill.prune.choose import Target, choose, equal_importance
 from jaxdistill.prune.depth import best_window, layers_when_dropped
 from jaxdistill.prune.importance import Importance
-from jaxdistill.prune.measure import Activations, Calibration, MaskGradients, RandomScores, WeightMagnitude, calibrate
+from jaxdistill.prune.measure import Activations, Calibration, MaskGradients, calibrate
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.prune.slice import NormRepair, prune_model
 from jaxdistill.sharding import Layout
 
-SCORERS = {
-    "activations": Activations(),
-    "mask-gradients": MaskGradients(),
-    "weights": WeightMagnitude(),
-    "random": RandomScores(),
-}
+SCORERS = {"activations": Activations(), "mask-gradients": MaskGradients()}
 ScorerName = Literal["activations", "mask-gradients", "weights", "random"]
 DepthName = Literal["scorer", "loss", "kl", "block-by-loss", "block-by-kl"]
 SCORES, SETTINGS, PLAN, MODEL = "importance.npz", "importance.json", "plan.json", "model"
@@ -61,7 +58,12 @@ class PruneConfig:
             raise ValueError("nothing to prune: give a size (--layers, --mlp, --embed, …), --plan FILE, or --sort.")
         if self.plan is not None and not self.target.changes_nothing:
             raise ValueError("--plan has its own sizes; leave out the others.")
-        if self.plan is None and self.data.path is None and (self.sort or self.target.needs_scores):
+        if self.plan is not None and (self.sort or self.merge_heads or self.depth != "scorer"):
+            raise ValueError("--plan says what is kept, and in which order: leave out --sort, --merge-heads, --depth.")
+        if self.depth != "scorer" and not isinstance(self.target.layers, int):
+            raise ValueError(f"--depth {self.depth} chooses layers; say how many to keep with --layers.")
+        reads_text = self.scorer in SCORERS or self.depth != "scorer"
+        if self.plan is None and self.data.path is None and reads_text and (self.sort or self.target.needs_scores):
             raise ValueError("importance is measured on text; give --data FILE, or --plan FILE.")
 
 
@@ -98,39 +100,57 @@ def make_plan(config: PruneConfig, model: Model, layout: Layout) -> PrunePlan:
     """The plan for a configuration's sizes, with importance measured or read."""
     if not (config.target.needs_scores or config.sort):
         return choose(model.config, equal_importance(model.config), config.target)
-    calibration = calibrate(
-        model.config,
-        model.params,
-        model.tokenizer,
-        config.data,
-        batches=config.batches,
-        layout=layout,
-        execution=Execution(activation_dtype=config.activations),
-    )
-    scores, target = part_scores(config, calibration), config.target
+
+    def calibration() -> Calibration:
+        return calibrate(
+            model.config,
+            model.params,
+            model.tokenizer,
+            config.data,
+            batches=config.batches,
+            layout=layout,
+            execution=Execution(activation_dtype=config.activations),
+        )
+
+    scores, target = part_scores(config, model, layout, calibration), config.target
     if isinstance(target.layers, int) and config.depth != "scorer":
+        given = calibration()
         with counted(f"layers by {config.depth}: batch") as progress:
-            calibration = dataclasses.replace(calibration, progress=progress)
+            given = dataclasses.replace(given, progress=progress)
             if config.depth in ("loss", "kl"):
-                scores = dataclasses.replace(scores, layers=layers_when_dropped(calibration, by=config.depth))
+                scores = dataclasses.replace(scores, layers=layers_when_dropped(given, by=config.depth))
             elif target.layers < len(model.config.layers):
                 by = "loss" if config.depth == "block-by-loss" else "kl"
-                target = dataclasses.replace(target, layers=best_window(calibration, target.layers, by=by))
+                target = dataclasses.replace(target, layers=best_window(given, target.layers, by=by))
     return choose(model.config, scores, target, sort=config.sort, merge_heads=config.merge_heads)
 
 
-def part_scores(config: PruneConfig, calibration: Calibration) -> Importance:
-    """OUT/importance.npz if it was made with the same settings, else measured and written there."""
+def part_scores(
+    config: PruneConfig, model: Model, layout: Layout, calibration: Callable[[], Calibration]
+) -> Importance:
+    """OUT/importance.npz if it was made with the same settings and files, else measured and written there."""
+    if config.scorer == "random":
+        return random_importance(model.config, config.data.seed)
+    if config.scorer == "weights":
+        return weight_magnitude(model.config, model.params, layout)
     out = local_path(config.out)
-    settings: Any = {"model": config.model, "scorer": config.scorer, "batches": config.batches}
+    settings: Any = {"model": config.model, "scorer": config.scorer, "batches": config.batches, "dtype": config.dtype}
     settings |= {"activations": config.activations, "data": dataclasses.asdict(config.data)}
+    settings |= {"changed": [_changed(path) for path in (config.model, config.data.path) if path]}
     if (out / SCORES).exists() and (out / SETTINGS).exists():
         if json.loads((out / SETTINGS).read_text()) == json.loads(json.dumps(settings)):
             print(f"importance: as measured before, in {out / SCORES}")
             return Importance.load(out / SCORES)
         (out / SETTINGS).unlink()
     with counted(f"importance by {config.scorer}: batch") as progress:
-        scores = SCORERS[config.scorer](dataclasses.replace(calibration, progress=progress))
+        scores = SCORERS[config.scorer](dataclasses.replace(calibration(), progress=progress))
     scores.save(out / SCORES)
     write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
     return scores
+
+
+def _changed(path: str) -> list[int]:
+    """The size of all files at a path, and when the last of them was written, in nanoseconds."""
+    place = local_path(path)
+    files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+    return [sum(file.stat().st_size for file in files), max((file.stat().st_mtime_ns for file in files), default=0)]

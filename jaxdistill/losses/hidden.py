@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,9 @@ class HiddenMatch:
     def __post_init__(self):
         if self.layers is not None and not self.layers:
             raise ValueError("HiddenMatch.layers is empty; give at least one pair, or None for all layers.")
+        for name, allowed in (("distance", get_args(Distance)), ("point", get_args(Point))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"HiddenMatch.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
 
     def resolved(self, *, student_depth: int, teacher_depth: int, kept: Sequence[int] | None) -> HiddenMatch:
         """This term with pairs of indices from 0. kept: the teacher's layers that the student was made of."""
@@ -73,7 +76,9 @@ class HiddenMatch:
 
     def tap(self, side: Literal["student", "teacher"]) -> Tap:
         """What a model's forward pass has to return for a resolved term, under the term's name."""
-        layers = tuple(sorted({pair[0 if side == "student" else 1] for pair in self.layers or ()}))
+        if self.layers is None or any(layer < 0 for pair in self.layers for layer in pair):
+            raise ValueError(f"HiddenMatch.layers is {self.layers}; call `resolved` first, which knows both depths.")
+        layers = tuple(sorted({pair[0 if side == "student" else 1] for pair in self.layers}))
         return Tap(points=(self.point,), reduce=lambda values, mask: values[self.point], layers=layers)
 
     def __call__(

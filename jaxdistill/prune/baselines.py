@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array
 from jaxdistill.models.schema import leaf_at, stacked_schema
 from jaxdistill.prune.choose import Target
 from jaxdistill.prune.importance import Importance
+from jaxdistill.sharding import Layout
 from jaxdistill.specs import WIDTH_AXES, ModelConfig
 from jaxdistill.types import Params
 
@@ -48,10 +50,11 @@ def even_importance(config: ModelConfig, target: Target) -> Importance:
     return _scored(config, even)
 
 
-def weight_magnitude(config: ModelConfig, params: Params) -> Importance:
+def weight_magnitude(config: ModelConfig, params: Params, layout: Layout = Layout()) -> Importance:
     """Scores by the L2 norm of all weights that belong to a part, layers by all their weights; on any mesh."""
 
-    @jax.jit
+    # On every device whole, so that each process can read them.
+    @functools.partial(jax.jit, out_shardings=layout.replicated() if layout.mesh else None)
     def squares(params: Params) -> dict[str, dict[str, Array]]:
         found: dict[str, dict[str, Array]] = {}
         for path, leaf in stacked_schema(config).items():

@@ -63,6 +63,7 @@ def choose(
     merge_heads: dropped query heads leave a residual in kept ones, see `PrunePlan.head_partners`. Raises ValueError for
     sizes that the model does not have.
     """
+    _check_scores(config, scores)
     layers = _layers(scores, target)
     widths: dict[str, list[Indices]] = {"kv_heads": [], "heads": [], "mlp": []}
     partners: list[Indices] = []
@@ -82,6 +83,19 @@ def choose(
         widths={axis: tuple(chosen) for axis, chosen in widths.items()},
         head_partners=tuple(partners) if merge_heads else (),
     )
+
+
+def _check_scores(config: ModelConfig, scores: Importance) -> None:
+    """Refuses the scores of another model, and scores that cannot be ranked."""
+    sizes = {"embed": [config.embed], "layers": [len(config.layers)]}
+    sizes |= {axis: [layer.widths[axis] for layer in config.layers] for axis in WIDTH_AXES}
+    arrays = {"embed": [scores.embed], "layers": [scores.layers], **{a: [*scores.widths[a]] for a in WIDTH_AXES}}
+    for axis, expected in sizes.items():
+        found = [len(each) for each in arrays[axis]]
+        if found != expected:
+            raise ValueError(f"the scores of {axis} are for sizes {found} and the model has {expected}; measure it.")
+        if not all(np.isfinite(each).all() for each in arrays[axis]):
+            raise ValueError(f"the scores of {axis} are not finite; look at the model's parameters and the text.")
 
 
 def _layers(scores: Importance, target: Target) -> Indices:

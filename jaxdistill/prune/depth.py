@@ -38,8 +38,7 @@ def without_layers(calibration: Calibration, dropped: Sequence[Sequence[int]], *
     for keep, layers in zip(keeps, dropped, strict=True):
         keep[list(layers)] = 0.0
 
-    @jax.jit
-    def measure(params: Params, batch: Batch, keeps: Array) -> Mean:
+    def measure(params: Params, batch: Batch) -> Mean:
         def forward(keep: Array | None) -> Any:
             gates = None if keep is None else _layer_gates(config, keep)
             return apply(config, params, batch, layout=layout, execution=calibration.execution, gates=gates)
@@ -63,11 +62,7 @@ def without_layers(calibration: Calibration, dropped: Sequence[Sequence[int]], *
 
         return jax.lax.map(one, keeps)
 
-    found = Mean(np.zeros(len(dropped)), np.zeros(len(dropped)))
-    for done, batch in enumerate(calibration.batches):
-        found += jax.tree.map(lambda x: np.asarray(x, np.float64), measure(calibration.params, batch, keeps))
-        calibration.progress(done + 1, len(calibration.batches))
-    return np.asarray(found.value)
+    return np.asarray(calibration.total(measure).value)
 
 
 def layers_when_dropped(calibration: Calibration, *, by: Measure = "loss") -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from jaxdistill.losses.chunked import default_chunk, evaluate_terms
 from jaxdistill.losses.terms import CrossEntropy
 from jaxdistill.models.decoder import Execution, Gates, apply
 from jaxdistill.prune.baselines import random_importance, weight_magnitude
-from jaxdistill.prune.importance import Aggregation, Importance, importance, importance_taps
+from jaxdistill.prune.importance import Aggregation, Importance, add, importance, importance_taps
 from jaxdistill.sharding import Layout, put_batch
 from jaxdistill.specs import LayerSpec, ModelConfig
 from jaxdistill.tokenizers import Tokenizer
@@ -44,13 +45,22 @@ class Calibration:
             raise ValueError("there are no calibration batches; give at least one.")
 
     def total(self, measure: Callable[[Params, Batch], Any]) -> Any:
-        """The sum over all batches of what a jitted function of parameters and one batch returns, in float64."""
-        found = None
+        """The sum over all batches of what a function of parameters and one batch returns, as NumPy arrays.
+
+        A pure accumulation: one compiled program takes the sums so far and returns them with a batch added.
+        """
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def accumulate(sums: Any, params: Params, batch: Batch) -> Any:
+            return add(sums, measure(params, batch))
+
+        shapes = jax.eval_shape(measure, self.params, self.batches[0])
+        place = self.layout.replicated()
+        sums = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), place), shapes)
         for done, batch in enumerate(self.batches):
-            part = jax.tree.map(lambda x: np.asarray(x, np.float64), measure(self.params, batch))
-            found = part if found is None else jax.tree.map(np.add, found, part)
+            sums = jax.block_until_ready(accumulate(sums, self.params, batch))
             self.progress(done + 1, len(self.batches))
-        return found
+        return jax.tree.map(np.asarray, sums)
 
 
 def calibrate(
@@ -97,7 +107,6 @@ class Activations:
     def __call__(self, calibration: Calibration) -> Importance:
         config, taps = calibration.config, importance_taps(calibration.config, sequence=self.sequence)
 
-        @jax.jit
         def measure(params: Params, batch: Batch) -> Any:
             given = {"layout": calibration.layout, "execution": calibration.execution, "taps": taps}
             return apply(config, params, batch, **given).taps
@@ -118,7 +127,6 @@ class MaskGradients:
     def __call__(self, calibration: Calibration) -> Importance:
         config = calibration.config
 
-        @jax.jit
         def measure(params: Params, batch: Batch) -> Any:
             def loss(gates: Gates) -> Float[Array, ""]:
                 return row_losses(calibration, params, batch, gates)
@@ -135,7 +143,7 @@ class WeightMagnitude:
     """The L2 norm of all weights that belong to a part; reads no text."""
 
     def __call__(self, calibration: Calibration) -> Importance:
-        return weight_magnitude(calibration.config, calibration.params)
+        return weight_magnitude(calibration.config, calibration.params, calibration.layout)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,19 +38,18 @@ def prune_model(
     Raises ValueError for a plan of another model, and for sizes that the layout's mesh could divide before and cannot
     afterwards: an array that is not divided is held whole by every device.
     """
-    growth = config.embed / len(plan.embed) if norm_repair == "exact" else 1.0
-    smaller = plan.resize(config)
-    smaller = dataclasses.replace(smaller, norm_epsilon=smaller.norm_epsilon * growth)
-    return smaller, plan_cut(config, plan, layout=layout, norm_repair=norm_repair)(params)
+    smaller, cut = plan_cut(config, plan, layout=layout, norm_repair=norm_repair)
+    return smaller, cut(params)
 
 
 def plan_cut(
     config: ModelConfig, plan: PrunePlan, *, layout: Layout = Layout(), norm_repair: NormRepair = "none"
-) -> Callable[[Params], Params]:
-    """The compiled function from a model's parameters to those that a plan keeps, for models of one shape."""
+) -> tuple[ModelConfig, Callable[[Params], Params]]:
+    """`prune_model` in two steps: the smaller shape, and the compiled function from parameters to smaller ones."""
     smaller = plan.resize(config)
-    _check_divisible(config, smaller, layout)
+    _check_divisible(config, smaller, plan, layout)
     growth = config.embed / smaller.embed if norm_repair == "exact" else 1.0
+    smaller = dataclasses.replace(smaller, norm_epsilon=smaller.norm_epsilon * growth)
 
     def cut(params: Params) -> Params:
         def made(leaf: StackedSpec) -> jax.Array:
@@ -60,7 +59,7 @@ def plan_cut(
 
         return nested({path: made(leaf) for path, leaf in stacked_schema(smaller).items()})
 
-    return jax.jit(cut, out_shardings=param_shardings(smaller, layout))
+    return smaller, jax.jit(cut, out_shardings=param_shardings(smaller, layout))
 
 
 def _cut_leaf(config: ModelConfig, params: Params, plan: PrunePlan, leaf: StackedSpec) -> jax.Array:
@@ -111,9 +110,9 @@ def _take_by_layer(
     return value
 
 
-def _check_divisible(config: ModelConfig, smaller: ModelConfig, layout: Layout) -> None:
+def _check_divisible(config: ModelConfig, smaller: ModelConfig, plan: PrunePlan, layout: Layout) -> None:
     sizes = [("embed", config.embed, smaller.embed)]
-    for before, after in itertools.product(set(config.layers), set(smaller.layers)):
+    for before, after in {(config.layers[i], layer) for i, layer in zip(plan.layers, smaller.layers, strict=True)}:
         sizes += [(axis, before.widths[axis], after.widths[axis]) for axis in WIDTH_AXES]
     for axis, before, after in sizes:
         parts = layout.split(axis)

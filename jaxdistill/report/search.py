@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -66,11 +67,13 @@ def write_search_page(
     """Candidates best first. limited: the costs that have a limit; the picture is over the first. left: how many are
     still to be tried."""
     main = limited[0]
-    points = [(row.costs[main], row.after) for row in ranked]
+    # One that diverged is in the table alone.
+    drawn = [row for row in ranked if math.isfinite(row.after) and math.isfinite(row.before)]
+    points = [(row.costs[main], row.after) for row in drawn]
     chart = front_chart(
         "Score and cost",
         unit,
-        [(row.name, row.costs[main], row.before, row.after) for row in ranked],
+        [(row.name, row.costs[main], row.before, row.after) for row in drawn],
         front=pareto_front(points),
         x_title=TITLES[main],
     )
@@ -94,7 +97,7 @@ def _cells(ranked: Sequence[Candidate], limited: Sequence[str]) -> tuple[list[st
             *(f"{row.costs[name]:,.0f}" if row.costs[name] >= 1000 else value(row.costs[name]) for name in shown),
             f"{row.before:.4f}",
             str(before.index(row.before) + 1),
-            f"{row.after:.4f}",
+            f"{row.after:.4f}" if math.isfinite(row.after) else "diverged",
         ]
         for rank, row in enumerate(ranked, 1)
     ]

@@ -28,6 +28,13 @@ class Correction:
     losses: dict[str, Term] = dataclasses.field(default_factory=lambda: {"cross_entropy": CrossEntropy()})
     optimizer: Optimizer = dataclasses.field(default_factory=lambda: AdamW(learning_rate=WarmupCosine(peak=2e-5)))
 
+    def __post_init__(self):
+        if not self.losses or any(isinstance(term, ForwardKL) for term in self.losses.values()):
+            raise ValueError(
+                f"Correction.losses is {self.losses}; give terms on the text, such as CrossEntropy: a teacher has no "
+                "distance from itself."
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
@@ -193,8 +200,17 @@ class TrainConfig:
             raise ValueError("nothing to train on; give --data.path FILE (text, JSONL, Parquet, ArrayRecord, TFDS).")
         if self.teacher.path is None and self.student.path is None and self.student.model is None:
             raise ValueError("no model; give --teacher.path DIR (and --student.path DIR for a student of its own).")
+        self._check_teacher()
         if self.teacher.path is None and self.student.model is not None and self.student.tokenizer is None:
             raise ValueError('a fresh student without a teacher needs --student.tokenizer PATH, or "bytes".')
+
+    def _check_teacher(self) -> None:
+        """Refuses what needs a teacher where there is none."""
+        needs = [name for name, term in self.losses.items() if isinstance(term, HiddenMatch)]
+        if self.teacher.path is None and needs:
+            raise ValueError(f"losses {needs} compare hidden states and there is no teacher; give --teacher.path DIR.")
+        if self.teacher.path is None and self.teacher.correction is not None:
+            raise ValueError("teacher.correction is set and there is no teacher; give --teacher.path DIR.")
 
 
 MAY_CHANGE = frozenset(

@@ -136,11 +136,12 @@ class _Run:
             check_exportable(student.config)
         self.programs = Programs(config, student, teacher, places)
         with self.clock.measure("start state"):
-            self.state, self.step = self._first_state(student.trainable, resumed), resumed or 0
+            # A teacher that learns is part of the state, and no longer kept beside it.
+            learns = teacher is not None and config.teacher.correction is not None
+            learner = teacher.params if teacher is not None and learns else None
+            self.state, self.step = self._first_state(student.trainable, learner, resumed), resumed or 0
+            self.fixed_teacher = None if teacher is None else {} if learns else teacher.params
         self.saved_at = resumed
-        # A teacher that learns is part of the state.
-        learns = config.teacher.correction is not None
-        self.fixed_teacher = None if teacher is None else {} if learns else teacher.params
         # The state holds the trainable leaves from here on.
         self.student = dataclasses.replace(student, trainable={})
         self._write_description()
@@ -163,9 +164,9 @@ class _Run:
             )
         return PrunePlan.load(self.directory / PLAN_NAME)
 
-    def _first_state(self, trainable: Params, resumed: int | None) -> TrainState:
+    def _first_state(self, trainable: Params, teacher: Params | None, resumed: int | None) -> TrainState:
         if resumed is None:
-            return self.programs.start(trainable)
+            return self.programs.start(trainable, teacher)
         state, shards, info = self.checkpoints.restore(resumed, self.programs.expected_state())
         self.loader.restore({**info["data"], "shards": shards})
         return state

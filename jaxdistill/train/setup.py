@@ -267,7 +267,7 @@ class Programs:
             self.optimizer,
             teacher=None if learner is None or teacher is None else param_shardings(teacher.config, places.teacher),
         )
-        self.start = functools.partial(jax.jit(start, out_shardings=self.shardings, donate_argnums=0), teacher=learner)
+        self._start = jax.jit(start, out_shardings=self.shardings, donate_argnums=0)
         step = make_train_step(
             functools.partial(forward, taps=hidden_taps(self.terms, "student")),
             teach and functools.partial(teach, taps=hidden_taps(self.terms, "teacher")),
@@ -296,6 +296,10 @@ class Programs:
         if teacher is not None:
             flops += (training_flops if correction else forward_flops)(teacher.config, length)
         self.flops_per_step = config.data.batch_size * length * flops
+
+    def start(self, trainable: Params, teacher: Params | None) -> TrainState:
+        """The state before the first step. teacher: one that learns, else None. The student's leaves are donated."""
+        return self._start(trainable, teacher=teacher)
 
     def expected_state(self) -> TrainState:
         """The state as shapes and shardings: what a checkpoint is restored into."""

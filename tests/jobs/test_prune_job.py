@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,15 @@ from jaxdistill import cli
 from jaxdistill.checkpoint.model import save_model
 from jaxdistill.checkpoint.open import open_model
 from jaxdistill.data import DataConfig
+from jaxdistill.jobs import prune as prune_job
+from jaxdistill.models.cost import HARDWARE
 from jaxdistill.models.schema import abstract_params
 from jaxdistill.prune import measure
 from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.measure import Activations, calibrate
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.prune.slice import prune_model
+from jaxdistill.search import HardwareName
 from jaxdistill.tokenizers import ByteTokenizer
 
 CONFIG = llama(layers=3, vocab=261)
@@ -96,12 +100,43 @@ def test_sorted_models_score_the_same_text_alike(files, tmp_path):
         (("--layers", 2, "--keep-layers", 0, 1), "say how many, or which"),
         (("--plan", "nowhere.json"), "nowhere.json"),
         (("--plan", "nowhere.json", "--mlp", 16), "--plan has its own sizes"),
+        (("--plan", "nowhere.json", "--sort"), "leave out --sort, --merge-heads, --depth"),
+        (("--mlp", 16, "--depth", "loss", "--data", "x.jsonl"), "say how many to keep with --layers"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(files, tmp_path, capsys, arguments, message):
     assert run(files / "model", "--out", tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_scores_that_read_no_text_need_none(files, tmp_path):
+    for scorer in ("weights", "random"):
+        assert run(files / "model", "--out", tmp_path / scorer, "--mlp", 16, "--scorer", scorer) == 0
+
+
+def test_another_model_at_the_same_path_is_measured_again(files, tmp_path, capsys):
+    model = open_model(files / "model")
+    for scale in (1.0, 2.0):
+        save_model(
+            tmp_path / "m",
+            CONFIG,
+            jax.tree.map(lambda x, s=scale: s * x, model.params),
+            write_tokenizer=ByteTokenizer().save,
+        )
+        out = ("--out", tmp_path / "out", "--data", files / "text.jsonl", "--mlp", 16)
+        assert run(tmp_path / "m", *out, *SMALL) == 0
+        assert "as measured before" not in capsys.readouterr().out
+        (tmp_path / "m").rename(tmp_path / f"m{scale}")
+        (tmp_path / "out" / "model").rename(tmp_path / f"out{scale}")
+
+
+def test_the_command_line_offers_what_there_is():
+    hints = typing.get_type_hints(cli.prune)
+    assert typing.get_args(hints["scorer"]) == typing.get_args(prune_job.ScorerName)
+    assert typing.get_args(hints["depth"]) == typing.get_args(prune_job.DepthName)
+    assert set(prune_job.SCORERS) < set(typing.get_args(prune_job.ScorerName))
+    assert set(typing.get_args(HardwareName)) == set(HARDWARE)
 
 
 def test_a_plan_of_another_model_is_refused(files, tmp_path, capsys):

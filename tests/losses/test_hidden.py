@@ -86,6 +86,18 @@ def test_pairs_are_resolved_against_both_models():
         HiddenMatch(layers=())
 
 
+@pytest.mark.parametrize(("field", "given"), [("distance", "cos"), ("point", "mlp")])
+def test_unknown_kinds_are_refused(field, given):
+    with pytest.raises(ValueError, match=f"HiddenMatch.{field} is '{given}'; allowed are"):
+        HiddenMatch(**{field: given})
+
+
+@pytest.mark.parametrize("layers", [None, ((-2, -2),)])
+def test_only_resolved_pairs_are_tapped(layers):
+    with pytest.raises(ValueError, match="call `resolved` first"):
+        HiddenMatch(layers=layers).tap("student")
+
+
 def test_equal_widths_learn_no_map():
     term = HiddenMatch(layers=((0, 0),))
     assert term.parameters(jax.random.key(0), student_embed=8, teacher_embed=8) == {}

@@ -144,3 +144,16 @@ def test_baselines():
     assert worst.widths["mlp"][0] == (1, 2)
     one, same, other = (choose(CONFIG, random_importance(CONFIG, seed), Target(mlp=3)) for seed in (0, 0, 1))
     assert one == same != other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embed": np.zeros(7)}, r"the scores of embed are for sizes \[7\] and the model has \[8\]"),
+        ({"layers": np.zeros(2)}, r"the scores of layers are for sizes \[2\]"),
+        ({"embed": np.full(8, np.nan)}, "the scores of embed are not finite"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        choose(CONFIG, dataclasses.replace(scores(), **change), Target(mlp=3))

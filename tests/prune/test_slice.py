@@ -167,6 +167,14 @@ def test_sizes_that_the_mesh_does_not_divide_are_refused(target, message):
         prune_model(UNTIED, tiny_params(UNTIED), plan, layout=place)
 
 
+def test_layers_that_differ_are_cut_in_depth_on_a_mesh_that_never_divided_one():
+    place = LAYOUTS["fsdp 4 x tensor 2"]()
+    config = dataclasses.replace(UNTIED, layers=(*UNTIED.layers, llama(layers=1, mlp=21).layers[0]))
+    _, same = prune_model(config, tiny_params(config), whole_plan(config), layout=place)
+    jax.tree.map(np.testing.assert_array_equal, same, tiny_params(config))
+    prune_model(config, tiny_params(config), depth_plan(config, (0, 3)), layout=place)
+
+
 def test_the_smaller_model_shares_no_memory_with_the_original():
     """Its arrays may be donated."""
     params = tiny_params(UNTIED)
