@@ -482,11 +482,13 @@ def draw_before(axes: Any, before: dict[str, dict[str, list[Row]]], uniform: flo
             axes.bar(x, statistics.fmean(values) if values else 0, width * 0.9, color=f"C{at}", label=label, alpha=0.75)
             axes.plot([x] * len(values), values, ".", color="black", markersize=3)
     axes.axhline(uniform, color="gray", linewidth=0.8, linestyle="--")
-    axes.text(len(before) - 0.55, uniform, "uniform guess", ha="right", va="bottom", color="gray")
+    axes.set_xlim(-0.75, len(before) - 0.5)
+    axes.text(-0.73, uniform, "uniform guess", ha="left", va="bottom", color="gray")
+    axes.set_ylim(0, 1.22 * axes.dataLim.ymax)  # room for the legend
     axes.set_xticks(range(len(before)), [f"{t} % of the parameters" if t.isdigit() else t for t in before])
     axes.set_ylabel("cross-entropy, nats per token")
     axes.set_title("After pruning, before training", loc="left")
-    axes.legend(ncols=3, frameon=False)
+    axes.legend(ncols=len(WAYS), frameon=False, loc="upper center", fontsize=8)
 
 
 def draw_after(axes: Any, after: dict[str, list[Row]], number: str) -> None:
