@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from jaxdistill.models.schema import count_parameters, schema
+from jaxdistill.models.schema import count_parameters, layer_sizes
 from jaxdistill.specs import LayerSpec, ModelConfig
 
 
@@ -71,7 +70,7 @@ def latency_seconds(config: ModelConfig, workload: Workload, hardware: Hardware)
     """
     rows, answer = workload.batch_size, workload.answer
     context = workload.prompt + answer / 2
-    sizes = _part_sizes(config)
+    sizes = layer_sizes(config)
     head = config.vocab * config.embed
 
     def part(parameters: float, tokens: float, attended: float = 0.0, cached: float = 0.0) -> float:
@@ -88,13 +87,3 @@ def latency_seconds(config: ModelConfig, workload: Workload, hardware: Hardware)
     prompt = sum(layer(i, s, rows * workload.prompt, workload.prompt / 2) for i, s in enumerate(config.layers))
     step = sum(layer(i, s, rows, context) for i, s in enumerate(config.layers)) + part(head, rows)
     return prompt + part(head, rows) + answer * step
-
-
-def _part_sizes(config: ModelConfig) -> list[dict[str, int]]:
-    """Parameters of every layer's mixer and ffn."""
-    sizes = [{"mixer": 0, "ffn": 0} for _ in config.layers]
-    for name, spec in schema(config).items():
-        if name.startswith("layers."):
-            _, index, part, *_ = name.split(".")
-            sizes[int(index)][part] += math.prod(spec.shape)
-    return sizes
