@@ -27,13 +27,15 @@ from train_cases import (
 
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.open import open_model
+from jaxdistill.losses.hidden import HiddenMatch
+from jaxdistill.losses.terms import ForwardKL
 from jaxdistill.prune.choose import Target
 from jaxdistill.prune.measure import Activations
 from jaxdistill.prune.plan import PrunePlan, depth_plan
 from jaxdistill.prune.slice import prune_model
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train import loop, setup
-from jaxdistill.train.config import CheckpointConfig, LogConfig, StudentConfig
+from jaxdistill.train.config import CheckpointConfig, Correction, LogConfig, StudentConfig, TeacherConfig
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -118,6 +120,33 @@ def test_frozen_parts_are_made_again_and_do_not_move(files, tmp_path):
     _, initial = prune_model(teacher.config, teacher.params, depth_plan(teacher.config, (0, 2)))
     assert np.array_equal(student["embedding"]["kernel"], initial["embedding"]["kernel"])
     assert not np.array_equal(student["final_norm"]["scale"], initial["final_norm"]["scale"])
+
+
+def test_a_corrected_teacher_a_projection_and_a_plan_resume_to_the_same_bits(files, tmp_path):
+    """Everything that learns besides the student's weights, and what is cut and frozen beside them."""
+
+    def config(out):
+        return files.config(
+            out,
+            teacher=TeacherConfig(path=str(files.teacher), correction=Correction()),
+            student=StudentConfig(
+                prune=Target(layers=2, embed=12, mlp=8), calibration_batches=2, trainable=("segments.*",)
+            ),
+            losses={"kl": ForwardKL(), "states": HiddenMatch(balance="kl")},
+            steps=4,
+        )
+
+    run(config(tmp_path / "whole"))
+    run(config(tmp_path / "parts"), stop_after=2)
+    result = run(config(tmp_path / "parts"))
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", step=4)
+    assert result.held_out == held_out_of(tmp_path / "whole")[4]
+    state, _ = saved(tmp_path / "whole", 4)
+    assert "params/objective/states/projection" in state
+    moved = state["params/teacher/final_norm/scale"] - np.asarray(
+        open_model(files.teacher).params["final_norm"]["scale"]
+    )
+    assert np.abs(moved).max() > 0
 
 
 def test_a_contradicting_configuration_is_refused_with_its_fields(files, whole):
