@@ -3,7 +3,7 @@
     jaxdistill train configs/correct_teacher.py --student.path DIR --data.path FILE --out CORRECTED
     jaxdistill train configs/minitron.py --teacher.path CORRECTED/student --data.path FILE --out RUN
 
-A teacher guides badly on text unlike its own. LLM Pruning and Distillation in Practice (2408.11796, section 3.1)
+A teacher guides badly on text unlike its own. LLM Pruning and Distillation in Practice (2408.11796)
 fine-tunes it on the distillation data before or while it teaches, with the same quality: 120 steps of warm-up, and a
 fifth of the learning rate it was trained with; set `--optimizer.learning-rate.peak` to that of your teacher. To correct
 it while it teaches, add `teacher.correction` to a recipe of your own (configs/minitron_correction.py).

@@ -4,7 +4,7 @@
         --teacher.path DIR --data.path FILE --student.prune.mlp 1024 --out RUN
 
 As configs/minitron.py, and at every step the teacher takes a small step of its own by cross-entropy on the same batch.
-LLM Pruning and Distillation in Practice (2408.11796, section 3.1) found this as good as correcting it first
+LLM Pruning and Distillation in Practice (2408.11796) found this as good as correcting it first
 (configs/correct_teacher.py), which costs a run of its own but leaves a teacher to keep. The teacher's rate should be
 about a fifth of the one it was trained with. KL on held-out text is to the teacher as it is at that step.
 """

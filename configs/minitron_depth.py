@@ -5,7 +5,7 @@
 
 The layers of highest Block Influence stay. Besides the scores, the output of the student's last block but one is
 matched with the teacher's, as large a term as the KL at every step: after Compact Language Models via Pruning and
-Knowledge Distillation (2407.14679, table 12), which found that states help where depth is cut hard, and nowhere else.
+Knowledge Distillation (2407.14679), which found that states help where depth is cut hard, and nowhere else.
 When channels are cut too, the student's states go through a learned map, and a second term on the embeddings makes
 sense: `HiddenMatch(layers=((0, 0),), point="input", balance="kl")`. While the widths are equal the embeddings are too.
 

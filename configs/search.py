@@ -12,7 +12,7 @@ for each. Train the best one for longer:
 
 Importance is measured once, on the first training batches. Candidates resume where they were interrupted.
 
-Paper: Compact Language Models via Pruning and Knowledge Distillation (2407.14679, section 4.3): 1.8B tokens for each of
+Paper: Compact Language Models via Pruning and Knowledge Distillation (2407.14679): 1.8B tokens for each of
 fewer than twenty candidates; the defaults here, 819k tokens, are for a first look.
 """
 

@@ -1,7 +1,7 @@
 """Searching the shape of a student: candidates under a budget, each pruned from one measurement and briefly distilled.
 
 Which shape is best before training says little: rankings settle only while candidates learn (Compact Language Models
-via Pruning and Knowledge Distillation, 2407.14679, section 4.3). So every candidate is a short run of the same recipe,
+via Pruning and Knowledge Distillation, 2407.14679). So every candidate is a short run of the same recipe,
 measured on held-out text before its first and after its last step. Everything resumes, inside a candidate too.
 """
 

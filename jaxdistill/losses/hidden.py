@@ -32,7 +32,7 @@ class HiddenMatch:
     whole batch: with micro-batches a first pass over all of them finds the two values (one more forward pass of both
     models).
 
-    Compact Language Models via Pruning and Knowledge Distillation (2407.14679, section 3): cosine, through one shared
+    Compact Language Models via Pruning and Knowledge Distillation (2407.14679): cosine, through one shared
     map, balanced; worth its cost where many layers were cut.
     """
 

@@ -11,7 +11,7 @@ def block_influence_tap() -> Tap:
     """A tap of every layer whose result is the `Mean` of 1 - cos(input, output) over the tokens that are not padding.
 
     Its total and count are [layers]; add those of several batches. Source: ShortGPT (2403.03853, equation 1), used
-    for depth pruning in Compact Language Models via Pruning and Knowledge Distillation (2407.14679, section 2.2).
+    for depth pruning in Compact Language Models via Pruning and Knowledge Distillation (2407.14679).
     """
 
     def reduce(values, mask):

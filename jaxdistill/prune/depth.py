@@ -1,7 +1,7 @@
 """Which layers may go, measured by leaving them out: the loss, or the distance to the full model, without them.
 
 Costlier than Block Influence (a forward pass of the calibration text for each set of layers that is tried) and closer
-to what is wanted: Compact Language Models via Pruning and Knowledge Distillation (2407.14679, section 2.2) compares
+to what is wanted: Compact Language Models via Pruning and Knowledge Distillation (2407.14679) compares
 both, and LLM Pruning and Distillation in Practice (2408.11796) drops one contiguous block.
 """
 

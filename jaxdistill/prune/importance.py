@@ -1,6 +1,6 @@
 """How much each part of a model contributes, measured on text: forward passes only, reduced inside the layer scan.
 
-Minitron's scores (Compact Language Models via Pruning and Knowledge Distillation, 2407.14679, section 2.2): a part is
+Minitron's scores (Compact Language Models via Pruning and Knowledge Distillation, 2407.14679): a part is
 as important as what it hands on is large. Each row of a batch is reduced over its tokens, and rows over the whole
 calibration set, so what is kept while measuring is one number per part, and a pass costs little more than a forward.
 """
@@ -106,7 +106,7 @@ def add(one: Sums, other: Sums) -> Sums:
 def importance(config: ModelConfig, sums: Sums, *, batch: Aggregation = "l2") -> Importance:
     """Scores from what the taps of `importance_taps` found in all batches. batch: how rows become one number.
 
-    The defaults, mean over tokens and l2 over rows, are the paper's best (table 2). A query head's score is the l2 norm
+    The defaults, mean over tokens and l2 over rows, are the paper's best. A query head's score is the l2 norm
     over its dimensions, a key-value head's over its query heads; a channel's score is the sum over all norms.
     """
     segments = [jax.tree.map(lambda x: np.asarray(x, np.float64), sums[str(i)]) for i in range(len(config.segments))]

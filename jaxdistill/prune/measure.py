@@ -98,7 +98,7 @@ class Scorer(Protocol):
 class Activations:
     """Minitron's scores: how large what a part hands on is, and Block Influence for layers; forward passes alone.
 
-    sequence, batch: how tokens of a row, and rows, become one number (2407.14679, table 2; the defaults are its best).
+    sequence, batch: how tokens of a row, and rows, become one number (2407.14679; the defaults are its best).
     """
 
     sequence: Aggregation = "mean"

@@ -23,7 +23,7 @@ DType = Literal["float32", "bfloat16"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Correction:
     """What a teacher learns while it teaches, on the same batches: a light fine-tuning on the text that it is asked
-    about (LLM Pruning and Distillation in Practice, 2408.11796, section 3.1)."""
+    about (LLM Pruning and Distillation in Practice, 2408.11796)."""
 
     losses: dict[str, Term] = dataclasses.field(default_factory=lambda: {"cross_entropy": CrossEntropy()})
     optimizer: Optimizer = dataclasses.field(default_factory=lambda: AdamW(learning_rate=WarmupCosine(peak=2e-5)))
