@@ -1,17 +1,21 @@
 """Does importance matter, and is pruning with distillation worth it? The experiments behind docs/papers.md, Minitron.
 
-    python tools/experiments/minitron.py toy          # a byte-level model on Python source, about half an hour
-    python tools/experiments/minitron.py smollm2      # SmolLM2-135M at 75 % and 50 %, about four hours on two cores
-    python tools/experiments/minitron.py toy smollm2 --draw docs/pictures
+    python tools/experiments/minitron.py toy            # a byte-level model on Python source
+    python tools/experiments/minitron.py smollm2-50     # SmolLM2-135M cut to half, about two hours on two cores
+    python tools/experiments/minitron.py smollm2-75     # and to three quarters, about as long
+    python tools/experiments/minitron.py toy smollm2-50 smollm2-75 --draw docs/pictures
 
-Every run leaves a file in OUT/results; the same command goes on where it was interrupted, inside a run too. Learning
-rates are tuned alike for all methods: each is tried with the same number of them on seed 0, on the same held-out text,
-and the best is used for the other seeds. A line of the final tables is a mean over seeds and their standard deviation.
+Every run adds a line to OUT/results.jsonl; the same command goes on where it was interrupted, inside a run too. What
+docs/papers.md reports is kept in tools/experiments/minitron.jsonl: `--results` with that file draws it, or adds to it.
+Learning rates are tuned alike for all methods: each is tried with the same number of them on seed 0, on the same
+held-out text, and the best is used for the other seeds. A line of the final tables is a mean over seeds and their
+standard deviation.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -66,16 +70,21 @@ from jaxdistill.types import as_batch
 
 SEEDS = (0, 1, 2)
 CALIBRATION_BATCHES = 16
+BEFORE = ("importance", "mask gradients", "even", "weights", "random", "worst")
+"""Ways to choose what is kept."""
+Part = Literal["toy", "smollm2-50", "smollm2-75"]
 Row = dict[str, Any]
-"""What a run found: its name, its settings, held-out numbers at its start and end, seconds."""
+"""What a run found: its bench, way, seed and rate; tokens; held-out numbers at its start and end; its curve."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Which experiments to run, and where."""
 
-    parts: tyro.conf.Positional[tuple[Literal["toy", "smollm2"], ...]]
+    parts: tyro.conf.Positional[tuple[Part, ...]]
     out: Path = Path("runs/experiments/minitron")
+    results: Path | None = None
+    """The file of results; OUT/results.jsonl if not given."""
     draw: Path | None = None
     """Draw what there is into this directory, too."""
 
@@ -86,6 +95,7 @@ class Bench:
 
     name: str
     out: Path
+    results: Path
     teacher: Path
     text: Path
     held_out: Path
@@ -95,15 +105,18 @@ class Bench:
     trainable: tuple[str, ...] = ("*",)
     """Of students that begin with the teacher's weights."""
 
-    def result(self, name: str, make: Callable[[], Row]) -> Row:
-        """The row of this name: from its file, or made and written."""
-        file = self.out / "results" / f"{self.name}-{name}.json"
-        if file.exists():
-            return json.loads(file.read_text())
+    def result(self, way: str, make: Callable[[], Row], *, seed: int, rate: float | None = None) -> Row:
+        """The row of this way, seed and rate: from the file of results, or made and added to it."""
+        key = {"bench": self.name, "way": way, "seed": seed, "rate": rate}
+        for row in read_rows(self.results):
+            if key.items() <= row.items():
+                return row
         began = time.perf_counter()
-        print(f"--- {self.name}: {name}", flush=True)
-        row = {"name": name, **make(), "seconds": round(time.perf_counter() - began, 1)}
-        write_text(file, json.dumps(row, indent=1) + "\n")
+        print(f"--- {self.name}: {way}, seed {seed}{f', rate {rate:g}' if rate else ''}", flush=True)
+        row = {**key, **make(), "seconds": round(time.perf_counter() - began, 1)}
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with self.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         return row
 
     def config(self, name: str, *, seed: int, rate: float, steps: int, **changes: Any) -> TrainConfig:
@@ -121,41 +134,35 @@ class Bench:
         }
         return TrainConfig(**{**given, **changes})
 
-    def trained(self, name: str, *, seed: int, rate: float, steps: int, **changes: Any) -> Row:
-        """A run of `train`: held-out numbers before the first and after the last step."""
-        config = self.config(name, seed=seed, rate=rate, steps=steps, **changes)
+    def trained(self, way: str, *, seed: int, rate: float, steps: int, **changes: Any) -> Row:
+        """A run of `train`: held-out numbers before the first and after the last step, and the loss on the way."""
+        config = self.config(f"{way}-{seed}-{rate:g}", seed=seed, rate=rate, steps=steps, **changes)
 
         def make() -> Row:
             train(config)
             lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
             held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
-            row = {"seed": seed, "rate": rate, "tokens": steps * self.length * self.batch_size}
-            row |= {"start": held_out[0], "end": held_out[steps]}
+            curve = [(line["step"], round(line["loss"], 4)) for line in lines if line.get("loss") is not None]
             shutil.rmtree(config.out)  # its checkpoints are gigabytes; what is wanted is in the row
-            return row
+            tokens = steps * self.length * self.batch_size
+            return {"tokens": tokens, "start": held_out[0], "end": held_out[steps], "curve": curve}
 
-        return self.result(name, make)
+        return self.result(way, make, seed=seed, rate=rate)
 
     def tuned(
         self,
-        name: str,
+        way: str,
         rates: Sequence[float],
         steps: int,
         changes: Callable[[int], dict],
         *,
         seeds: Sequence[int] = SEEDS,
-    ) -> list[Row]:
-        """A row for each seed, with the learning rate that was best on the first one."""
-        first = [
-            self.trained(f"{name}-{seeds[0]}-{rate:g}", seed=seeds[0], rate=rate, steps=steps, **changes(seeds[0]))
-            for rate in rates
-        ]
-        best = min(first, key=lambda row: row["end"]["cross_entropy_nats"])
-        rest = [
-            self.trained(f"{name}-{seed}-{best['rate']:g}", seed=seed, rate=best["rate"], steps=steps, **changes(seed))
-            for seed in seeds[1:]
-        ]
-        return [best, *rest]
+    ) -> None:
+        """A run for each seed, with the learning rate that was best on the first one."""
+        first = [self.trained(way, seed=seeds[0], rate=rate, steps=steps, **changes(seeds[0])) for rate in rates]
+        best = min(first, key=lambda row: row["end"]["cross_entropy_nats"])["rate"]
+        for seed in seeds[1:]:
+            self.trained(way, seed=seed, rate=best, steps=steps, **changes(seed))
 
     def calibration(self, model: Model, seed: int) -> Calibration:
         """The batches that `train` measures importance on, for this seed."""
@@ -193,11 +200,15 @@ class Bench:
 
 
 def main(options: Options) -> None:
+    results = options.results or options.out / "results.jsonl"
     for part in options.parts:
-        {"toy": toy, "smollm2": smollm2}[part](options.out)
-        print(f"\n{table(options.out, part)}\n")
+        if part == "toy":
+            toy(options.out, results)
+        else:
+            smollm2(options.out, results, part.removeprefix("smollm2-"))
+        print(f"\n{table(results, part)}\n")
     if options.draw is not None:
-        draw(options.out, options.draw)
+        draw(results, options.draw)
 
 
 # SmolLM2-135M.
@@ -208,10 +219,12 @@ STEPS_60K = 59
 """Of 4 x 256 tokens: 60,416."""
 
 
-def smollm2(out: Path) -> None:
+def smollm2(out: Path, results: Path, share: str) -> None:
+    """Students with this share, in percent, of the teacher's parameters."""
     bench = Bench(
-        name="smollm2",
+        name=f"smollm2-{share}",
         out=out,
+        results=results,
         teacher=asset("smollm2"),
         text=asset("boolq-passages"),
         held_out=six_domains(out / "heldout.jsonl"),
@@ -221,13 +234,10 @@ def smollm2(out: Path) -> None:
         # Rows of rare tokens would drift in a short run, and the gradient of the table is a tenth of a step.
         trainable=("segments.*", "final_norm.*"),
     )
-    before_training(bench, SMOLLM2_TARGETS)
-    for ratio, target in SMOLLM2_TARGETS.items():
-        rates, scratch_rates = (5e-4, 1e-3), (1e-3, 3e-3)
-        # From scratch one seed: a run takes as long as six others, and ends nats away from them.
-        compare(
-            bench, ratio, target, STEPS_60K, rates=rates, scratch_rates=scratch_rates, scratch=(4,), scratch_seeds=(0,)
-        )
+    target = SMOLLM2_TARGETS[share]
+    before_training(bench, {f"{share} % of the parameters": target})
+    # From scratch one seed: a run takes as long as six others, and ends nats away from them.
+    compare(bench, target, STEPS_60K, rates=(5e-4, 1e-3), scratch_rates=(1e-3, 3e-3), scratch=(4,), scratch_seeds=(0,))
 
 
 def six_domains(file: Path) -> Path:
@@ -264,12 +274,13 @@ TOY_SHAPES = {"width": Target(mlp=80), "depth": Target(layers=2)}
 """Equal in parameters: 80 of 256 neurons in 4 layers, or 2 whole layers."""
 
 
-def toy(out: Path) -> None:
+def toy(out: Path, results: Path) -> None:
     text, held_out = source_code(out)
     for teacher_seed in SEEDS:
         bench = Bench(
-            name=f"toy{teacher_seed}",
+            name=f"toy-teacher-{teacher_seed}",
             out=out,
+            results=results,
             teacher=out / f"toy-teacher-{teacher_seed}" / "student",
             text=text,
             held_out=held_out,
@@ -280,12 +291,11 @@ def toy(out: Path) -> None:
         train_toy_teacher(bench, teacher_seed)
         before_training(bench, TOY_AXES)
     bench = dataclasses.replace(bench, name="toy", teacher=out / "toy-teacher-0" / "student")
-    rates, scratch_rates = (1e-3, 3e-3), (1e-3, 3e-3)
-    compare(
-        bench, "44", TOY_AXES["embed and mlp"], TOY_STEPS, rates=rates, scratch_rates=scratch_rates, scratch=(1, 4, 8)
-    )
+    rates = (1e-3, 3e-3)
+    target = TOY_AXES["embed and mlp"]
+    compare(bench, target, TOY_STEPS, rates=rates, scratch_rates=rates, scratch=(1, 4, 8))
     for shape, target in TOY_SHAPES.items():
-        pruned(bench, f"{shape}-kl", target, TOY_STEPS, rates, lambda seed: Activations(), {"kl": ForwardKL()})
+        pruned(bench, f"{shape}, KL", target, TOY_STEPS, rates, lambda seed: Activations(), {"kl": ForwardKL()})
 
 
 def source_code(out: Path) -> tuple[Path, Path]:
@@ -319,42 +329,34 @@ def train_toy_teacher(bench: Bench, seed: int) -> None:
 # What both do.
 
 
-def before_training(bench: Bench, targets: Mapping[str, Target]) -> list[Row]:
+def before_training(bench: Bench, targets: Mapping[str, Target]) -> None:
     """Every way to choose, on each target, without training."""
-    rows, opened = [], {}
 
+    @functools.cache
     def model() -> Model:
-        opened.setdefault("model", open_model(bench.teacher))
-        return opened["model"]
+        return open_model(bench.teacher)
 
-    def scores(kind: str, seed: int, target: Target) -> Importance:
-        given, calibration = model(), bench.calibration(model(), seed)
-        ways: dict[str, Callable[[], Importance]] = {
-            "importance": lambda: Activations()(calibration),
-            "worst": lambda: worst_first(Activations()(calibration)),
-            "mask gradients": lambda: MaskGradients()(calibration),
-            "weights": lambda: WeightMagnitude()(calibration),
-            "random": lambda: RandomScores(seed=seed)(calibration),
-            "even": lambda: even_importance(given.config, target),
-        }
-        return ways[kind]()
+    @functools.cache
+    def scores(way: str, seed: int) -> Importance:
+        if way == "worst":
+            return worst_first(scores("importance", seed))
+        scorers = {"importance": Activations(), "mask gradients": MaskGradients(), "weights": WeightMagnitude()}
+        return scorers.get(way, RandomScores(seed=seed))(bench.calibration(model(), seed))
 
-    for axis, target in targets.items():
-        for kind in ("importance", "random", "worst", "even", "mask gradients", "weights"):
-            for seed in SEEDS if kind in ("importance", "random") else SEEDS[:1]:
+    for name, target in targets.items():
+        for way in BEFORE:
+            for seed in SEEDS if way in ("importance", "random") else SEEDS[:1]:
 
-                def make(kind=kind, seed=seed, target=target) -> Row:
-                    plan = choose(model().config, scores(kind, seed, target), target)
-                    start = bench.held_out_numbers(model(), plan)
-                    return {"seed": seed, "tokens": 0, "start": start, "end": start}
+                def make(way=way, seed=seed, target=target) -> Row:
+                    chosen = even_importance(model().config, target) if way == "even" else scores(way, seed)
+                    start = bench.held_out_numbers(model(), choose(model().config, chosen, target))
+                    return {"tokens": 0, "start": start, "end": start}
 
-                rows.append(bench.result(f"before-{axis}-{kind}-{seed}".replace(" ", "_"), make))
-    return rows
+                bench.result(f"before: {name}: {way}", make, seed=seed)
 
 
 def compare(
     bench: Bench,
-    ratio: str,
     target: Target,
     steps: int,
     *,
@@ -365,13 +367,13 @@ def compare(
 ) -> None:
     """Importance against random, distillation against cross-entropy, and both against a student from scratch."""
     kl, text = {"kl": ForwardKL()}, {"cross_entropy": CrossEntropy()}
-    pruned(bench, f"{ratio}-importance-kl", target, steps, rates, lambda seed: Activations(), kl)
-    pruned(bench, f"{ratio}-random-kl", target, steps, rates, lambda seed: RandomScores(seed=seed), kl)
-    pruned(bench, f"{ratio}-importance-ce", target, steps, rates, lambda seed: Activations(), text)
+    pruned(bench, "importance, KL", target, steps, rates, lambda seed: Activations(), kl)
+    pruned(bench, "random, KL", target, steps, rates, lambda seed: RandomScores(seed=seed), kl)
+    pruned(bench, "importance, cross-entropy", target, steps, rates, lambda seed: Activations(), text)
     shape = target.resize(open_model(bench.teacher).config)
     for times in scratch:
         bench.tuned(
-            f"{ratio}-scratch-ce-x{times}",
+            f"from scratch, cross-entropy, {times}x",
             scratch_rates,
             times * steps,
             lambda seed: {"student": StudentConfig(model=shape), "losses": text},
@@ -381,36 +383,43 @@ def compare(
 
 def pruned(
     bench: Bench,
-    name: str,
+    way: str,
     target: Target,
     steps: int,
     rates: Sequence[float],
     scorer: Callable[[int], Scorer],
     losses: Mapping[str, Term],
-) -> list[Row]:
+) -> None:
     def changes(seed: int) -> dict[str, Any]:
         student = StudentConfig(
             prune=target, scorer=scorer(seed), calibration_batches=CALIBRATION_BATCHES, trainable=bench.trainable
         )
         return {"student": student, "losses": dict(losses)}
 
-    return bench.tuned(name, rates, steps, changes)
+    bench.tuned(way, rates, steps, changes)
 
 
 # Tables and pictures.
 
 
-def rows_of(out: Path, prefix: str) -> dict[str, list[Row]]:
-    """Rows by what they have in common but the seed; of several learning rates the best of seed 0."""
-    groups: dict[str, dict[int, list[Row]]] = {}
-    for file in sorted((out / "results").glob(f"{prefix}-*.json")):
-        row = json.loads(file.read_text())
-        stem = row["name"].rsplit("-", 1)[0] if "rate" not in row else row["name"].split(f"-{row['seed']}-")[0]
-        groups.setdefault(stem, {}).setdefault(row["seed"], []).append(row)
+def read_rows(results: Path) -> list[Row]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def rows_of(results: Path, benches: Sequence[str]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by bench and way, one for each seed: of several learning rates the best."""
+    groups: dict[tuple[str, str], dict[int, list[Row]]] = {}
+    for row in read_rows(results):
+        if row["bench"] in benches:
+            groups.setdefault((row["bench"], row["way"]), {}).setdefault(row["seed"], []).append(row)
     return {
         name: [min(rows, key=lambda r: r["end"]["cross_entropy_nats"]) for rows in by_seed.values()]
         for name, by_seed in groups.items()
     }
+
+
+def benches_of(part: str) -> list[str]:
+    return ["toy", *(f"toy-teacher-{seed}" for seed in SEEDS)] if part == "toy" else [part]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -418,28 +427,23 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
-def table(out: Path, part: str) -> str:
+def table(results: Path, part: Part) -> str:
     """Markdown: one line for each way, means and standard deviations over seeds."""
     lines = [
         "| | seeds | rate | tokens | KL before | KL after | cross-entropy after |",
         "|---|---|---|---|---|---|---|",
     ]
-    prefixes = [part] if part == "smollm2" else [part, *(f"{part}{seed}" for seed in SEEDS)]
-    for prefix in prefixes:
-        for name, rows in rows_of(out, prefix).items():
-            numbers = [
-                spread([row[when][key] for row in rows])
-                for when, key in (("start", "kl_nats"), ("end", "kl_nats"), ("end", "cross_entropy_nats"))
-            ]
-            cells = [f"{prefix} {name}", str(len(rows)), str(rows[0].get("rate", "")), str(rows[0]["tokens"]), *numbers]
-            lines.append(f"| {' | '.join(cells)} |")
+    for (bench, way), rows in rows_of(results, benches_of(part)).items():
+        numbers = [
+            spread([row[when][key] for row in rows])
+            for when, key in (("start", "kl_nats"), ("end", "kl_nats"), ("end", "cross_entropy_nats"))
+        ]
+        rate = f"{rows[0]['rate']:g}" if rows[0]["rate"] else ""
+        lines.append(f"| {' | '.join([f'{bench}: {way}', str(len(rows)), rate, str(rows[0]['tokens']), *numbers])} |")
     return "\n".join(lines)
 
 
-WAYS = ("importance", "mask gradients", "even", "weights", "random", "worst")
-
-
-def draw(out: Path, pictures: Path) -> None:
+def draw(results: Path, pictures: Path) -> None:
     """Pictures of all results that there are."""
     import matplotlib  # pyright: ignore[reportMissingImports]
 
@@ -448,47 +452,51 @@ def draw(out: Path, pictures: Path) -> None:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     pictures.mkdir(parents=True, exist_ok=True)
-    for part, number, vocab in (("smollm2", "kl_nats", 49152), ("toy", "cross_entropy_nats", TOY_MODEL.vocab)):
-        before = before_rows(out, part)
+    for name, parts, number, vocab in (
+        ("smollm2", ("smollm2-75", "smollm2-50"), "kl_nats", 49152),
+        ("toy", ("toy",), "cross_entropy_nats", TOY_MODEL.vocab),
+    ):
+        found = rows_of(results, [bench for part in parts for bench in benches_of(part)])
+        before = before_rows(found)
         if before:
             figure, axes = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
             draw_before(axes, before, math.log(vocab))
-            figure.savefig(pictures / f"minitron-{part}-before.png", dpi=130)
-        after = {name: rows for name, rows in rows_of(out, part).items() if not name.startswith("before")}
-        if after:
-            figure, axes = plt.subplots(figsize=(7.2, 0.8 + 0.36 * len(after)), layout="constrained")
-            draw_after(axes, after, number)
-            figure.savefig(pictures / f"minitron-{part}-after.png", dpi=130)
+            figure.savefig(pictures / f"minitron-{name}-before.png", dpi=130)
+        for part in parts:
+            after = {way: rows for (bench, way), rows in found.items() if bench == part and "before" not in way}
+            if after:
+                figure, axes = plt.subplots(figsize=(7.2, 0.8 + 0.36 * len(after)), layout="constrained")
+                draw_after(axes, after, number)
+                figure.savefig(pictures / f"minitron-{part}-after.png", dpi=130)
 
 
-def before_rows(out: Path, part: str) -> dict[str, dict[str, list[Row]]]:
-    """Rows without training by target and way; of the toy, those of all teachers."""
-    found: dict[str, dict[str, list[Row]]] = {}
-    for prefix in [part] if part == "smollm2" else [f"{part}{seed}" for seed in SEEDS]:
-        for name, rows in rows_of(out, prefix).items():
-            if name.startswith("before-"):
-                _, target, way = name.split("-")
-                found.setdefault(target.replace("_", " "), {}).setdefault(way.replace("_", " "), []).extend(rows)
-    return found
+def before_rows(found: Mapping[tuple[str, str], list[Row]]) -> dict[str, dict[str, list[Row]]]:
+    """Rows without training by target and way, those of several teachers together."""
+    before: dict[str, dict[str, list[Row]]] = {}
+    for (_, name), rows in found.items():
+        if name.startswith("before: "):
+            _, target, way = name.split(": ")
+            before.setdefault(target, {}).setdefault(way, []).extend(rows)
+    return before
 
 
 def draw_before(axes: Any, before: dict[str, dict[str, list[Row]]], uniform: float) -> None:
     """Bars by target and way, a dot for every row, and what a uniform guess would have."""
-    width = 0.8 / len(WAYS)
-    for at, way in enumerate(WAYS):
+    width = 0.8 / len(BEFORE)
+    for at, way in enumerate(BEFORE):
         for group, target in enumerate(before):
             values = [row["start"]["cross_entropy_nats"] for row in before[target].get(way, [])]
-            x, label = group + (at - (len(WAYS) - 1) / 2) * width, way if group == 0 else None
+            x, label = group + (at - (len(BEFORE) - 1) / 2) * width, way if group == 0 else None
             axes.bar(x, statistics.fmean(values) if values else 0, width * 0.9, color=f"C{at}", label=label, alpha=0.75)
             axes.plot([x] * len(values), values, ".", color="black", markersize=3)
     axes.axhline(uniform, color="gray", linewidth=0.8, linestyle="--")
     axes.set_xlim(-0.75, len(before) - 0.5)
     axes.text(-0.73, uniform, "uniform guess", ha="left", va="bottom", color="gray")
     axes.set_ylim(0, 1.22 * axes.dataLim.ymax)  # room for the legend
-    axes.set_xticks(range(len(before)), [f"{t} % of the parameters" if t.isdigit() else t for t in before])
+    axes.set_xticks(range(len(before)), list(before))
     axes.set_ylabel("cross-entropy, nats per token")
     axes.set_title("After pruning, before training", loc="left")
-    axes.legend(ncols=len(WAYS), frameon=False, loc="upper center", fontsize=8)
+    axes.legend(ncols=len(BEFORE), frameon=False, loc="upper center", fontsize=8)
 
 
 def draw_after(axes: Any, after: dict[str, list[Row]], number: str) -> None:
