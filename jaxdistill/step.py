@@ -7,13 +7,14 @@ are an argument: never a closure (they would be baked into the program), never o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxdistill import partition
 from jaxdistill.losses.chunked import evaluate_terms, term_coefficients
@@ -100,101 +101,47 @@ def make_train_step(
 
     accumulate: into how many micro-batches the rows are split. The result does not depend on it: every sum is divided
     by the count of the whole batch. Of `terms`, a `HiddenMatch` (resolved) reads what both models return as the tap of
-    its name. gradient_shardings: where accumulated gradients live (the shardings of
-    `state.params`); None leaves it to the compiler. A step whose loss or gradient is not finite changes nothing but
-    `step` and `skipped`.
+    its name. gradient_shardings: where accumulated gradients live (the shardings of `state.params`); None leaves it to
+    the compiler. A step whose loss or gradient is not finite changes nothing but `step` and `skipped`.
 
     correction: terms that the teacher learns while it teaches; its parameters are then `state.params["teacher"]`, and
     the step's teacher argument is not read. The norm of its gradient is not part of "gradient_norm".
 
     Metrics: "loss"; "terms", a `Mean` per term; "gradient_norm" before clipping; "skipped" (1 or 0).
     """
-
-    on_scores = {name: term for name, term in terms.items() if not isinstance(term, HiddenMatch)}
+    corrected = {f"teacher/{name}": term for name, term in (correction or {}).items()}
+    all_terms = {**terms, **corrected}
     on_states = {name: term for name, term in terms.items() if isinstance(term, HiddenMatch)}
-
-    all_terms = dict(terms) | {_of_teacher(name): term for name, term in (correction or {}).items()}
     if on_states and teacher is None:
         raise ValueError(f"the terms {sorted(on_states)} compare hidden states, and there is no teacher.")
-
-    def evaluated(params, frozen, teacher_params, batch: Batch, coefficients, step):
-        """The scores' part of the loss, and every term's `Mean`."""
-        outputs = student(partition.merge(params["student"], frozen), batch)
-        taught = None if teacher is None else teacher(params.get("teacher", teacher_params), batch)
-        signal = jax.lax.stop_gradient(taught)
-        objective = params["objective"]
-        loss, means = evaluate_terms(
-            on_scores,
-            outputs,
-            signal,
-            targets=batch.targets,
-            loss_mask=batch.loss_mask,
-            coefficients=coefficients,
-            parameters={name: given for name, given in objective.items() if name in on_scores},
-            step=step,
-            chunk=chunk,
-            layout=layout,
-            teacher_layout=teacher_layout,
-        )
-        if correction and taught is not None:
-            corrected, found = evaluate_terms(
-                correction,
-                taught,
-                None,
-                targets=batch.targets,
-                loss_mask=batch.loss_mask,
-                coefficients={name: coefficients[_of_teacher(name)] for name in correction},
-                parameters={},
-                step=step,
-                chunk=chunk,
-                layout=teacher_layout or layout,
-            )
-            loss += corrected
-            means |= {_of_teacher(name): mean for name, mean in found.items()}
-        for name, term in on_states.items():
-            assert signal is not None, "refused above"
-            states = outputs.taps[name], signal.taps[name]
-            means[name] = term(*states, batch.loss_mask, objective.get(name, {}))
-        return loss, means
-
-    def gradients(params, frozen, teacher_params, batch: Batch, coefficients, step, factors):
-        def loss(params):
-            value, means = evaluated(params, frozen, teacher_params, batch, coefficients, step)
-            scaled = _balanced(on_states, means, coefficients) if factors is None else factors
-            return value + sum(scaled[name] * means[name].total for name in on_states), means
-
-        (value, means), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return _placed((value, means, grads), gradient_shardings)
+    evaluate = _evaluation(
+        student, teacher, terms, corrected, chunk=chunk, layout=layout, teacher_layout=teacher_layout
+    )
 
     def train_step(state, frozen, teacher_params, batch):
+        # Of the whole batch and known beforehand, so micro-batches are divided by the count of all of them.
         coefficients = term_coefficients(all_terms, batch.loss_mask.sum(), state.step)
-        given = state.params, frozen, teacher_params
+
+        def evaluated(params: Params, rows: Batch):
+            return evaluate(params, frozen, teacher_params, rows, coefficients, state.step)
+
         factors = None
         if accumulate > 1 and any(term.balance for term in on_states.values()):
-            means = _accumulated(
-                lambda rows: evaluated(*given, rows, coefficients, state.step)[1], batch, accumulate, layout
-            )
+            means = _accumulated(lambda rows: evaluated(state.params, rows)[1], batch, accumulate, layout)
             factors = _balanced(on_states, means, coefficients)
 
-        def micro(rows: Batch):
-            return gradients(*given, rows, coefficients, state.step, factors)
+        def loss_of(params: Params, rows: Batch):
+            loss, means = evaluated(params, rows)
+            scaled = _balanced(on_states, means, coefficients) if factors is None else factors
+            return loss + sum(scaled[name] * means[name].total for name in on_states), means
 
-        loss, means, grads = _accumulated(micro, batch, accumulate, layout)
-        norm = optax.tree.norm({name: part for name, part in grads.items() if name != "teacher"})
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        if "teacher" in grads:
-            finite &= jnp.isfinite(optax.tree.norm(grads["teacher"]))
+        def gradients(rows: Batch):
+            (loss, means), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rows)
+            return loss, means, _placed(grads, gradient_shardings)
 
-        def update(params, opt_state):
-            updates, opt_state = optimizer.update(grads, opt_state, params, step=state.step, gradient_norm=norm)
-            return optax.apply_updates(params, updates), opt_state
-
-        # A branch, and not a choice between two results: those would both have to exist.
-        params, opt_state = jax.lax.cond(finite, update, lambda *same: same, state.params, state.opt_state)
-        skipped = 1 - finite.astype(jnp.int32)
-        counts = jnp.stack([jnp.where(finite, 0, state.skipped[0] + 1), state.skipped[1] + skipped])
-        metrics = {"loss": loss, "terms": means, "gradient_norm": norm, "skipped": skipped}
-        return TrainState(state.step + 1, params, opt_state, state.rng, counts), metrics
+        loss, means, grads = _accumulated(gradients, batch, accumulate, layout)
+        after, norm, skipped = _updated(optimizer, state, grads, loss)
+        return after, {"loss": loss, "terms": means, "gradient_norm": norm, "skipped": skipped}
 
     return train_step
 
@@ -229,9 +176,47 @@ def make_eval_step(
     return eval_step
 
 
-def _of_teacher(name: str) -> str:
-    """A term that the teacher learns, among the metrics."""
-    return f"teacher/{name}"
+def _evaluation(
+    student: Apply,
+    teacher: Apply | None,
+    terms: Mapping[str, Term | HiddenMatch],
+    corrected: Mapping[str, Term],
+    *,
+    chunk: int,
+    layout: Layout,
+    teacher_layout: Layout | None,
+) -> Callable[..., tuple[Float[Array, ""], dict[str, Mean]]]:
+    """(parameters, frozen, teacher's parameters, batch, coefficients, step) → (the loss without the terms on hidden
+    states, the `Mean` of every term). corrected: the terms that the teacher learns.
+    """
+    on_scores = {name: term for name, term in terms.items() if not isinstance(term, HiddenMatch)}
+
+    def evaluate(params, frozen, teacher_params, batch: Batch, coefficients, step):
+        outputs = student(partition.merge(params["student"], frozen), batch)
+        taught = None if teacher is None else teacher(params.get("teacher", teacher_params), batch)
+        signal = jax.lax.stop_gradient(taught)
+        objective = params["objective"]
+        on_batch = functools.partial(
+            evaluate_terms,
+            targets=batch.targets,
+            loss_mask=batch.loss_mask,
+            coefficients=coefficients,
+            step=step,
+            chunk=chunk,
+        )
+        own = {name: given for name, given in objective.items() if name in on_scores}
+        loss, means = on_batch(on_scores, outputs, signal, parameters=own, layout=layout, teacher_layout=teacher_layout)
+        if corrected and taught is not None:
+            theirs, found = on_batch(corrected, taught, None, parameters={}, layout=teacher_layout or layout)
+            loss, means = loss + theirs, means | found
+        for name, term in terms.items():
+            if isinstance(term, HiddenMatch):
+                assert signal is not None, "make_train_step refuses these terms without a teacher"
+                states = outputs.taps[name], signal.taps[name]
+                means[name] = term(*states, batch.loss_mask, objective.get(name, {}))
+        return loss, means
+
+    return evaluate
 
 
 def _balanced(
@@ -272,8 +257,25 @@ def _accumulated(micro: Callable[[Batch], Any], batch: Batch, accumulate: int, l
     return total
 
 
-def _placed(results: tuple[Float[Array, ""], Any, Any], shardings: Any) -> Any:
-    if shardings is None:
-        return results
-    value, means, grads = results
-    return value, means, jax.lax.with_sharding_constraint(grads, shardings)
+def _placed(grads: Params, shardings: Any) -> Params:
+    return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
+
+
+def _updated(
+    optimizer: optax.GradientTransformationExtraArgs, state: TrainState, grads: Params, loss: Float[Array, ""]
+) -> tuple[TrainState, Float[Array, ""], Int[Array, ""]]:
+    """(the next state, the gradient's norm, 1 if the step was skipped because something is not finite, else 0)."""
+    norm = optax.tree.norm({name: part for name, part in grads.items() if name != "teacher"})
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if "teacher" in grads:
+        finite &= jnp.isfinite(optax.tree.norm(grads["teacher"]))
+
+    def update(params, opt_state):
+        updates, opt_state = optimizer.update(grads, opt_state, params, step=state.step, gradient_norm=norm)
+        return optax.apply_updates(params, updates), opt_state
+
+    # A branch, and not a choice between two results: those would both have to exist.
+    params, opt_state = jax.lax.cond(finite, update, lambda *same: same, state.params, state.opt_state)
+    skipped = 1 - finite.astype(jnp.int32)
+    counts = jnp.stack([jnp.where(finite, 0, state.skipped[0] + 1), state.skipped[1] + skipped])
+    return TrainState(state.step + 1, params, opt_state, state.rng, counts), norm, skipped
