@@ -41,7 +41,7 @@ from jaxdistill.train import config as train_config
 from jaxdistill.train.config import TrainConfig, as_document
 from jaxdistill.train.loop import TrainingStopped, train
 from jaxdistill.train.progress import Say, finite
-from jaxdistill.train.setup import Places, enable_compilation_cache, join_processes, measure_parts
+from jaxdistill.train.setup import Places, check_shapes, enable_compilation_cache, join_processes, measure_parts
 
 Cost = Literal["parameters", "active_parameters", "memory_mb", "latency_ms"]
 HardwareName = Literal["a100", "h100", "h200", "tpu-v5e", "tpu-v5p", "tpu-v6e"]
@@ -186,6 +186,9 @@ def search(config: SearchConfig) -> list[Candidate]:
     out, say, first = local_path(config.out), Say(), jax.process_index() == 0
     original = open_config(config.train.student.path or config.train.teacher.path or "")
     targets = feasible(config, original)
+    for target in targets:
+        student = dataclasses.replace(config.train.student, prune=target)
+        check_shapes(dataclasses.replace(config.train, student=student))
     _check_same(out / "config.json", as_document(config))
     say(f"{len(targets)} candidates of at most {_limits(config.budget, original)}")
     scores: Importance | None = None

@@ -13,6 +13,7 @@ from train.train_cases import Files, poisoned
 from train.train_cases import run as train_stopped
 
 from jaxdistill import search as search_module
+from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.models.cost import Workload
 from jaxdistill.models.schema import count_parameters
 from jaxdistill.prune.choose import Target
@@ -101,6 +102,14 @@ def test_sizes_and_held_out_text_are_the_searchs_business(files, tmp_path):
     blind = dataclasses.replace(given.train, held_out=dataclasses.replace(given.train.held_out, path=None))
     with pytest.raises(ValueError, match=r"give --train\.held-out\.path FILE"):
         search(dataclasses.replace(given, train=blind))
+
+
+def test_pairs_of_layers_that_a_candidate_lacks_are_refused_before_anything_is_measured(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "open_model", None)
+    given = config(files, tmp_path)
+    run = dataclasses.replace(given.train, losses={"states": HiddenMatch(layers=((2, 2),))})
+    with pytest.raises(ValueError, match=r"\[\(2, 2\)\]; the student has 2 layers"):
+        search(dataclasses.replace(given, train=run))
 
 
 def test_a_search_ranks_draws_and_goes_on_after_a_signal(files, tmp_path, monkeypatch, capsys):

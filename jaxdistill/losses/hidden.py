@@ -43,8 +43,8 @@ class HiddenMatch:
     balance: str | None = None
 
     def __post_init__(self):
-        if self.layers is not None and not self.layers:
-            raise ValueError("HiddenMatch.layers is empty; give at least one pair, or None for all layers.")
+        if self.layers is not None:
+            _check_pairs(self.layers)
         for name, allowed in (("distance", get_args(Distance)), ("point", get_args(Point))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"HiddenMatch.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
@@ -107,6 +107,21 @@ class HiddenMatch:
 def hidden_taps(terms: Mapping[str, Any], side: Literal["student", "teacher"]) -> dict[str, Tap]:
     """The taps that one of the models needs for an objective's resolved terms on hidden states, by the terms' names."""
     return {name: term.tap(side) for name, term in terms.items() if isinstance(term, HiddenMatch)}
+
+
+def _check_pairs(layers: Any) -> None:
+    """Refuses what is wrong with pairs of layers of any two models."""
+    if not layers:
+        raise ValueError("HiddenMatch.layers is empty; give at least one pair, or None for all layers.")
+    pairs = isinstance(layers, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in layers)
+    if not pairs or not all(isinstance(layer, int) for pair in layers for layer in pair):
+        raise ValueError(
+            f"HiddenMatch.layers is {layers}; give pairs of whole numbers, (student's layer, teacher's layer), such as "
+            "((-2, -2),)."
+        )
+    repeated = sorted({pair for pair in layers if layers.count(pair) > 1})
+    if repeated:
+        raise ValueError(f"HiddenMatch.layers has the pairs {repeated} more than once; give each once.")
 
 
 def _distance(

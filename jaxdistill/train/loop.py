@@ -38,6 +38,7 @@ from jaxdistill.train.config import MAY_CHANGE, TrainConfig, as_document, batch_
 from jaxdistill.train.setup import (
     Places,
     Programs,
+    check_shapes,
     enable_compilation_cache,
     join_processes,
     make_student,
@@ -124,6 +125,7 @@ class _Run:
         config, places = self.config, Places.of(self.config)
         with self.clock.measure("open data"):
             tokenizer = shared_tokenizer(config)
+            check_shapes(config, self.plan)
             self.loader = self._loader(tokenizer)
             self.held_out_batches = held_out_batches(config, tokenizer)
         with self.clock.measure("open models"):

@@ -125,7 +125,6 @@ def _plan(config: TrainConfig, source: Model, layout: Layout, progress: Progress
         return PrunePlan.load(chosen.plan)
     if chosen.prune.changes_nothing:
         return None
-    chosen.prune.resize(source.config)  # sizes that the model lacks are refused before anything is measured
     if not chosen.prune.needs_scores:
         return choose(source.config, equal_importance(source.config), chosen.prune)
     scores = measure_parts(config, source, layout, progress)
@@ -215,19 +214,34 @@ def _check_same_tokens(teacher: tuple[ModelConfig, Tokenizer], student: tuple[Mo
         )
 
 
-def _resolved_terms(config: TrainConfig, student: Student, teacher: Model | None) -> dict[str, Term | HiddenMatch]:
+def check_shapes(config: TrainConfig, plan: PrunePlan | None = None) -> None:
+    """Refuses sizes of the student, and pairs of layers to match, that the models do not have.
+
+    Reads descriptions, no arrays. plan: what is kept, where that is known from before.
+    """
+    chosen, teacher = config.student, None if config.teacher.path is None else open_config(config.teacher.path)
+    shape = chosen.model
+    if shape is None:
+        source = teacher if chosen.path is None else open_config(chosen.path)
+        assert source is not None, "TrainConfig.check requires a model"
+        if plan is None and chosen.plan is not None:
+            plan = PrunePlan.load(chosen.plan)
+        # Which parts are kept may not be known before they are measured, but how many are.
+        plan = plan or choose(source, equal_importance(source), chosen.prune)
+        shape = plan.resize(source)
+    _resolved_terms(config, shape, teacher, plan)
+
+
+def _resolved_terms(
+    config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, plan: PrunePlan | None
+) -> dict[str, Term | HiddenMatch]:
     """The objective's terms, those on hidden states with the layers that they compare."""
+    kept = None if plan is None or config.student.path is not None else plan.layers
     terms = dict(config.losses)
     for name, term in config.losses.items():
         if isinstance(term, HiddenMatch):
-            if teacher is None:
-                raise ValueError(f"losses.{name} compares hidden states and there is no teacher; give --teacher.path.")
-            from_teacher = config.student.path is None and student.plan is not None
-            terms[name] = term.resolved(
-                student_depth=len(student.config.layers),
-                teacher_depth=len(teacher.config.layers),
-                kept=student.plan.layers if from_teacher and student.plan else None,
-            )
+            assert teacher is not None, "TrainConfig.check requires a teacher"
+            terms[name] = term.resolved(student_depth=len(student.layers), teacher_depth=len(teacher.layers), kept=kept)
     return terms
 
 
@@ -239,7 +253,7 @@ class Programs:
         self.optimizer = config.optimizer.build(config.steps)
         if correction is not None:
             self.optimizer = side_by_side(self.optimizer, correction.optimizer.build(config.steps))
-        self.terms = _resolved_terms(config, student, teacher)
+        self.terms = _resolved_terms(config, student.config, teacher.config if teacher else None, student.plan)
         self.held_out_terms = held_out_terms(teacher is not None)
         self.chunk = config.chunk or default_chunk(student.config.vocab // places.student.split("vocab"))
         self._places, self._vocab = places, student.config.vocab

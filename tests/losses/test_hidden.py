@@ -82,8 +82,23 @@ def test_pairs_are_resolved_against_both_models():
         resolved()
     with pytest.raises(ValueError, match=r"pairs \[\(2, 0\)\]; the student has 2 layers and the teacher 4"):
         resolved(((2, 0), (1, 3)))
-    with pytest.raises(ValueError, match="at least one pair"):
-        HiddenMatch(layers=())
+    with pytest.raises(ValueError, match=r"the pairs \[\(1, 3\)\] more than once"):
+        resolved(((1, 3), (-1, -1)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((), "at least one pair"),
+        ((0, 3), r"is \(0, 3\); give pairs of whole numbers"),
+        (((0, 1, 2),), "give pairs of whole numbers"),
+        (((0, 1.0),), "give pairs of whole numbers"),
+        (((0, 1), (1, 2), (0, 1)), r"the pairs \[\(0, 1\)\] more than once"),
+    ],
+)
+def test_what_is_wrong_whatever_the_models_are_is_refused_at_once(layers, message):
+    with pytest.raises(ValueError, match=message):
+        HiddenMatch(layers=layers)
 
 
 @pytest.mark.parametrize(("field", "given"), [("distance", "cos"), ("point", "mlp")])

@@ -19,11 +19,13 @@ from jaxdistill.checkpoint.open import open_model
 from jaxdistill.checkpoint.retention import Retention
 from jaxdistill.data.pipeline import DataConfig, make_loader
 from jaxdistill.data.sources import DataError
+from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import CrossEntropy
 from jaxdistill.models.decoder import apply
 from jaxdistill.models.schema import abstract_params, init_params
 from jaxdistill.optimizer import Optax
 from jaxdistill.prune.choose import Target
+from jaxdistill.prune.plan import depth_plan
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.tokenizers import load_tokenizer
 from jaxdistill.tokenizers.byte_level import ByteTokenizer
@@ -230,13 +232,35 @@ def student_of_zeros(path, tokenizer, vocab=264):
         ({"accumulate": 3}, "nearest legal sizes are 6 or 9"),
         ({"student": StudentConfig(trainable=("typo.*",))}, "no parameter matches"),
         ({"student": StudentConfig(prune=Target(layers=(0, 7)))}, "different indices from 0 to 2"),
+        ({"student": StudentConfig(prune=Target(mlp=33))}, "mlp of layer 0: 33 of 32 are to be kept"),
+        ({"losses": {"states": HiddenMatch(layers=((0, 3),))}}, r"\[\(0, 3\)\]; the student has 2 layers"),
+        (
+            {"losses": {"states": HiddenMatch(layers=((1, 0),))}, "student": StudentConfig(prune=Target(layers=1))},
+            "the student has 1 layers and the teacher 3",
+        ),
+        (
+            {"losses": {"states": HiddenMatch(layers=((-1, 2), (1, 2)))}},
+            r"the pairs \[\(1, 2\)\] more than once",
+        ),
+        (
+            {"losses": {"states": HiddenMatch()}, "student": StudentConfig(model=llama(vocab=264))},
+            "is not known; give pairs",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_models_are_read(files, tmp_path, monkeypatch, changes, message):
-    if "student" not in changes or changes["student"].model is not None:
+    if changes.get("student", StudentConfig()).trainable == ("*",):
         monkeypatch.setattr(loop, "open_teacher", None)  # reading the teacher would raise another error
     with pytest.raises((ValueError, DataError), match=message):
         run(files.config(tmp_path, **changes))
+
+
+def test_pairs_of_layers_are_checked_against_a_plan_before_models_are_read(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "open_teacher", None)
+    depth_plan(TEACHER, (0, 2)).save(tmp_path / "plan.json")
+    student = StudentConfig(plan=str(tmp_path / "plan.json"))
+    with pytest.raises(ValueError, match=r"\[\(2, 2\)\]; the student has 2 layers and the teacher 3"):
+        run(files.config(tmp_path, student=student, losses={"states": HiddenMatch(layers=((2, 2),))}))
 
 
 def test_a_run_without_a_directory_is_refused(files):
