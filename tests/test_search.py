@@ -20,7 +20,7 @@ from jaxdistill.prune.choose import Target
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.report.charts import front_chart
 from jaxdistill.report.search import Candidate, pareto_front, search_table
-from jaxdistill.search import Budget, Grid, SearchConfig, feasible, search
+from jaxdistill.search import Budget, Grid, feasible, search
 from jaxdistill.train.config import StudentConfig
 
 SMOLLM2 = llama(vocab=49152, embed=576, layers=30, heads=9, kv_heads=3, mlp=1536)
@@ -30,12 +30,6 @@ LLAMA8B = llama(vocab=128256, embed=4096, layers=32, heads=32, kv_heads=8, mlp=1
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return Files(tmp_path_factory.mktemp("search")).write()
-
-
-def config(files, out, **changes) -> SearchConfig:
-    run = files.config(out / "unused", student=StudentConfig(calibration_batches=2), steps=3)
-    given = {"budget": Budget(parameters=0.9), "grid": Grid(layers=(2, 3), mlp=(8, 16)), "candidates": 3}
-    return SearchConfig(out=str(out), train=run, **{**given, **changes})
 
 
 def test_default_sizes_are_those_that_can_be_written():
@@ -51,7 +45,7 @@ def test_default_sizes_are_those_that_can_be_written():
 
 
 def test_shapes_that_no_format_holds_are_left_out(files, tmp_path):
-    given = config(files, tmp_path, grid=Grid(embed=(360, 400), heads=(9,)), budget=Budget(parameters=1.0))
+    given = files.searching(tmp_path, grid=Grid(embed=(360, 400), heads=(9,)), budget=Budget(parameters=1.0))
     exported = dataclasses.replace(given, train=dataclasses.replace(given.train, export="huggingface"), candidates=99)
     assert {t.embed for t in feasible(exported, SMOLLM2)} == {360}
     assert {t.embed for t in feasible(dataclasses.replace(given, candidates=999), SMOLLM2)} == {360, 400}
@@ -60,7 +54,7 @@ def test_shapes_that_no_format_holds_are_left_out(files, tmp_path):
 def test_candidates_are_within_every_limit_and_the_largest_come_first(files, tmp_path):
     workload = Workload(batch_size=8, prompt=1024, answer=64)
     budget = Budget(parameters=0.75, memory_mb=0.8, latency_ms=0.8, workload=workload, hardware="tpu-v5e")
-    found = feasible(config(files, tmp_path, budget=budget, grid=Grid(), candidates=7), SMOLLM2)
+    found = feasible(files.searching(tmp_path, budget=budget, grid=Grid(), candidates=7), SMOLLM2)
     whole = budget.costs(SMOLLM2)
     costs = [budget.costs(target.resize(SMOLLM2)) for target in found]
     assert len(found) == 7
@@ -77,7 +71,7 @@ def test_a_budget_that_nothing_fits_says_what_the_smallest_is(files, tmp_path):
     with pytest.raises(
         ValueError, match=r"no shape of the grid fits parameters 1,125; the smallest has parameters 7140"
     ):
-        feasible(config(files, tmp_path, budget=Budget(parameters=0.1), grid=Grid()), llama(vocab=264, layers=3))
+        feasible(files.searching(tmp_path, budget=Budget(parameters=0.1), grid=Grid()), llama(vocab=264, layers=3))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +89,7 @@ def test_wrong_settings_are_refused(make, message):
 
 
 def test_sizes_and_held_out_text_are_the_searchs_business(files, tmp_path):
-    given = config(files, tmp_path)
+    given = files.searching(tmp_path)
     sized = dataclasses.replace(given.train, student=StudentConfig(prune=Target(mlp=8)))
     with pytest.raises(ValueError, match="a search chooses the sizes itself"):
         dataclasses.replace(given, train=sized)
@@ -106,14 +100,14 @@ def test_sizes_and_held_out_text_are_the_searchs_business(files, tmp_path):
 
 def test_pairs_of_layers_that_a_candidate_lacks_are_refused_before_anything_is_measured(files, tmp_path, monkeypatch):
     monkeypatch.setattr(search_module, "open_model", None)
-    given = config(files, tmp_path)
+    given = files.searching(tmp_path)
     run = dataclasses.replace(given.train, losses={"states": HiddenMatch(layers=((2, 2),))})
     with pytest.raises(ValueError, match=r"\[\(2, 2\)\]; the student has 2 layers"):
         search(dataclasses.replace(given, train=run))
 
 
 def test_a_search_ranks_draws_and_goes_on_after_a_signal(files, tmp_path, monkeypatch, capsys):
-    given, runs = config(files, tmp_path), []
+    given, runs = files.searching(tmp_path), []
     plain = search_module.train
 
     def stopped_in_the_second(run):
@@ -142,7 +136,7 @@ def test_a_search_ranks_draws_and_goes_on_after_a_signal(files, tmp_path, monkey
 
 
 def test_a_candidate_that_diverges_is_ranked_last_and_not_tried_again(files, tmp_path, monkeypatch):
-    given = config(files, tmp_path, candidates=2)
+    given = files.searching(tmp_path, candidates=2)
     run = dataclasses.replace(given.train, losses=poisoned(1, 2), stop_after_skipped=1)
     given = dataclasses.replace(given, train=run)
     first = search(given)
@@ -153,7 +147,7 @@ def test_a_candidate_that_diverges_is_ranked_last_and_not_tried_again(files, tmp
 
 
 def test_a_first_attempt_that_measured_nothing_locks_nothing(files, tmp_path):
-    given = config(files, tmp_path, candidates=1)
+    given = files.searching(tmp_path, candidates=1)
     wrong = dataclasses.replace(given.train, data=dataclasses.replace(given.train.data, path="nowhere.jsonl"))
     with pytest.raises(Exception, match="nowhere"):
         search(dataclasses.replace(given, train=wrong))

@@ -1,20 +1,26 @@
-"""One run in a process of its own: `python job.py FILES OUT [RANK PORT]`; with a rank, one of two processes."""
+"""A job in a process of its own: `python job.py train|prune|search FILES OUT [RANK PORT]`; with a rank, one of two
+processes, which writes what it got beside OUT.
+"""
 
 import sys
 from pathlib import Path
 
 import jax
 
-if len(sys.argv) > 3:
+kind, root, out, rank, port = (*sys.argv[1:], None, None)[:5]
+if rank is not None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{sys.argv[4]}", 2, int(sys.argv[3]))
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import dataclasses  # noqa: E402
+import json  # noqa: E402
 import time  # noqa: E402
 
 from train_cases import Files, run  # noqa: E402
 
+from jaxdistill.search import search  # noqa: E402
 from jaxdistill.train import progress  # noqa: E402
 
 
@@ -24,9 +30,14 @@ def slower(self, line, said=progress.Say.progress):
     time.sleep(0.3)
 
 
-progress.Say.progress = slower
-both = jax.process_count() == 2
-config = Files(Path(sys.argv[1])).config(Path(sys.argv[2]), export="jaxdistill" if both else "none")
-run(config, devices=jax.device_count() if both else 1)
-if len(sys.argv) > 3:
+files, out, devices = Files(Path(root)), Path(out), 1 if rank is None else jax.device_count()
+if kind == "train":
+    progress.Say.progress = slower
+    run(files.config(out, export="none" if rank is None else "jaxdistill"), devices=devices)
+elif kind == "prune":
+    run(files.pruning(out), devices=devices).plan.save(out.parent / f"{rank}.json")
+elif kind == "search":
+    ranked = run(files.searching(out, candidates=2), job=search, devices=devices)
+    (out.parent / f"{rank}.json").write_text(json.dumps([dataclasses.asdict(row) for row in ranked]))
+if rank is not None:
     jax.distributed.shutdown()

@@ -211,7 +211,7 @@ JOB = Path(__file__).with_name("job.py")
 def job(files, out, *arguments, lines=0):
     """A run in a process of its own, once it has written some lines of metrics."""
     with (out.parent / "log").open("w") as log:
-        command = [sys.executable, "-W", "error", str(JOB), str(files.root), str(out), *arguments]
+        command = [sys.executable, "-W", "error", str(JOB), "train", str(files.root), str(out), *arguments]
         child = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         path, end = out / "metrics.jsonl", time.monotonic() + 120

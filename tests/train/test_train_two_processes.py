@@ -1,8 +1,10 @@
-"""Two processes train as one does, leave together when one gets SIGTERM, and take over from each other."""
+"""Two processes train, prune and search as one does, leave together when one gets SIGTERM, and take over from each
+other."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,21 +18,24 @@ import pytest
 from train_cases import STEPS, checkpoints, held_out_of, run, saved, steps_of
 
 from jaxdistill.checkpoint.open import open_model
+from jaxdistill.prune.plan import PrunePlan
+from jaxdistill.search import search
 
 JOB = Path(__file__).with_name("job.py")
 
 
 @contextlib.contextmanager
-def two_processes(files, out, lines=0):
-    """Both processes of a run, once it has written some lines of metrics."""
+def two_processes(files, out, *, job="train", lines=0):
+    """Both processes of a job, once it has written some lines of metrics."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    # One device each; and as little optimised as everything here.
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     children = []
     for rank in range(2):
         with (out.parent / f"{rank}.log").open("w") as log:
-            command = [sys.executable, str(JOB), str(files.root), str(out), str(rank), str(port)]
+            command = [sys.executable, str(JOB), job, str(files.root), str(out), str(rank), str(port)]
             children.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
     try:
         path, end = out / "metrics.jsonl", time.monotonic() + 200
@@ -91,3 +96,40 @@ def test_two_processes_go_on_from_one_and_export(files, whole, tmp_path):
     state, _ = saved(out, STEPS)
     student = open_model(out / "student")
     np.testing.assert_array_equal(student.params["final_norm"]["scale"], state["params/student/final_norm/scale"])
+
+
+def test_two_processes_cut_the_same_student_as_one(files, tmp_path):
+    """By importance that each measured on its own rows: one plan, one student before and after it learned."""
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    with two_processes(files, out, job="prune") as children:
+        assert [child.wait(200) for child in children] == [0, 0], logs(out)
+    plan = run(files.pruning(alone)).plan
+    assert [
+        PrunePlan.load(path) for path in (out / "plan.json", *(tmp_path / f"{rank}.json" for rank in range(2)))
+    ] == [plan] * 3
+    assert len(plan.layers) == 2
+    np.testing.assert_allclose([x["loss"] for x in steps_of(out)], [x["loss"] for x in steps_of(alone)], rtol=1e-5)
+    for step, expected in held_out_of(alone).items():
+        assert held_out_of(out)[step] == pytest.approx(expected, rel=1e-5)
+    (state, data), (expected, expected_data) = saved(out, 3), saved(alone, 3)
+    assert data == expected_data
+    assert state.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(state[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_search_as_one(files, tmp_path):
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    with two_processes(files, out, job="search") as children:
+        assert [child.wait(200) for child in children] == [0, 0], logs(out)
+    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert both[0] == both[1] == json.loads((out / "search.json").read_text())
+    ranked = run(files.searching(alone, candidates=2), job=search)
+    assert [row["name"] for row in both[0]] == [row.name for row in ranked]
+    for found, row in zip(both[0], ranked, strict=True):
+        assert PrunePlan.load(found["plan"]) == PrunePlan.load(row.plan)
+        assert found["before"] == pytest.approx(row.before, rel=1e-5)
+        assert found["after"] == pytest.approx(row.after, rel=1e-4)
+        assert found["costs"] == row.costs
+    assert not list(out.glob("candidates/*/checkpoints"))

@@ -7,10 +7,12 @@ import json
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import llama
 
@@ -19,8 +21,9 @@ from jaxdistill.checkpoint.run import RunCheckpoints
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.terms import ForwardKL, Term
 from jaxdistill.models.schema import init_params
-from jaxdistill.optimizer import AdamW, WarmupCosine
+from jaxdistill.optimizer import AdamW, Optax, WarmupCosine
 from jaxdistill.prune.choose import Target
+from jaxdistill.search import Budget, Grid, SearchConfig
 from jaxdistill.tokenizers import load_tokenizer
 from jaxdistill.train import progress
 from jaxdistill.train.config import (
@@ -31,7 +34,7 @@ from jaxdistill.train.config import (
     TeacherConfig,
     TrainConfig,
 )
-from jaxdistill.train.loop import Result, train
+from jaxdistill.train.loop import train
 
 TEACHER = llama(vocab=264, layers=3)
 LENGTH, ROWS, STEPS = 32, 8, 8
@@ -73,6 +76,18 @@ class Files:
         }
         return TrainConfig(**{**given, **changes})
 
+    def pruning(self, out: Path, **changes) -> TrainConfig:
+        """A run of 3 steps whose student is cut by importance in every axis; after SGD parameters can be compared."""
+        target = Target(layers=2, embed=12, mlp=16, heads=2, kv_heads=1)
+        student = StudentConfig(prune=target, calibration_batches=2)
+        return self.config(out, student=student, optimizer=Optax(optax.sgd(0.5)), steps=3, **changes)
+
+    def searching(self, out: Path, **changes) -> SearchConfig:
+        """A search among small shapes, each trained for 3 steps."""
+        run = self.config(out / "unused", student=StudentConfig(calibration_batches=2), steps=3)
+        given = {"budget": Budget(parameters=0.9), "grid": Grid(layers=(2, 3), mlp=(8, 16)), "candidates": 3}
+        return SearchConfig(out=str(out), train=run, **{**given, **changes})
+
 
 def write_documents(path: Path, *, seed: int, count: int, words: tuple[int, int]) -> None:
     random = np.random.default_rng(seed)
@@ -82,8 +97,8 @@ def write_documents(path: Path, *, seed: int, count: int, words: tuple[int, int]
             lines.write(json.dumps({"text": text}) + "\n")
 
 
-def run(config: TrainConfig, *, devices: int = 1, stop_after: int | None = None, number=signal.SIGTERM) -> Result:
-    """`train` on the 8 simulated devices, or as on a machine with one; a signal may arrive at a step's line."""
+def run(config: Any, *, job=train, devices: int = 1, stop_after: int | None = None, number=signal.SIGTERM) -> Any:
+    """A job on the 8 simulated devices, or as on a machine with one; a signal may arrive at a step's line."""
     said = progress.Say.progress
 
     def hear(self, line):
@@ -95,7 +110,7 @@ def run(config: TrainConfig, *, devices: int = 1, stop_after: int | None = None,
         if devices == 1:
             patch.setattr(jax, "device_count", lambda: 1)
         patch.setattr(progress.Say, "progress", hear)
-        return train(config)
+        return job(config)
 
 
 def metrics(out: Path) -> list[dict]:
