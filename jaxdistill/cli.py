@@ -254,6 +254,7 @@ def prune(
     embed: int | None = None,
     heads: int | None = None,
     kv_heads: int | None = None,
+    experts: int | None = None,
     plan: str | None = None,
     scorer: Literal["activations", "mask-gradients", "weights", "random"] = "activations",
     depth: Literal["scorer", "loss", "kl", "block-by-loss", "block-by-kl"] = "scorer",
@@ -282,10 +283,11 @@ def prune(
         data: Text to measure importance on (.txt, .jsonl, .parquet, .array_record, directories).
         layers: Keep this many layers.
         keep_layers: Keep exactly these layers.
-        mlp: Keep this many neurons of every layer's feed-forward network.
+        mlp: Keep this many neurons of every layer's feed-forward network, or of each expert.
         embed: Keep this many channels of the residual stream.
         heads: Keep this many query heads of every layer, equally many for each key-value head.
         kv_heads: Keep this many key-value heads, and the query heads that belong to them.
+        experts: Keep this many experts of every mixture.
         plan: Cut by this file; measures nothing.
         scorer: Minitron's activations; MiniMA's gradients of masks; norms of weights; or at random, to compare with.
         depth: How layers are chosen: by the scorer (activations: Block Influence), by the loss or the KL to the whole
@@ -315,7 +317,9 @@ def prune(
         PruneConfig(
             model=model,
             out=out,
-            target=Target(layers=keep_layers or layers, mlp=mlp, embed=embed, heads=heads, kv_heads=kv_heads),
+            target=Target(
+                layers=keep_layers or layers, mlp=mlp, embed=embed, heads=heads, kv_heads=kv_heads, experts=experts
+            ),
             data=DataConfig(**text, prepend_bos=prepend_bos),
             batches=batches,
             scorer=scorer,

@@ -90,13 +90,15 @@ class Budget:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
     """Sizes that are tried. Without choices of its own an axis has the multiples of a divisor that are left after at
-    most so large a share is cut; heads are kept unless given (LLM Pruning and Distillation in Practice, 2408.11796)."""
+    most so large a share is cut; heads and experts are kept unless given (LLM Pruning and Distillation in Practice,
+    2408.11796)."""
 
     layers: tuple[int, ...] = ()
     embed: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     kv_heads: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
     max_width_pruning: float = 0.4
     max_depth_pruning: float = 0.2
     layers_divisor: int = 2
@@ -126,6 +128,7 @@ class Grid:
             "mlp": self.mlp or _multiples(narrowest, mlp_divisor, self.max_width_pruning),
             "heads": self.heads,
             "kv_heads": self.kv_heads,
+            "experts": self.experts,
         }
         axes = {name: sizes for name, sizes in axes.items() if sizes}
         for sizes in itertools.product(*axes.values()):

@@ -66,7 +66,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 MeshAxes = str | tuple[str, ...] | None
 
 
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+def names_of(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of one entry of a rule or of a partition spec."""
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
@@ -77,7 +78,7 @@ class Rules:
     table: Mapping[str, MeshAxes]
 
     def __post_init__(self):
-        unknown = {a for v in self.table.values() for a in _as_tuple(v)} - set(MESH_AXES)
+        unknown = {a for v in self.table.values() for a in names_of(v)} - set(MESH_AXES)
         if unknown:
             raise ValueError(f"sharding rules name the mesh axes {sorted(unknown)}; allowed are {MESH_AXES}.")
 
@@ -99,7 +100,7 @@ DEFAULT_RULES = Rules(
         "heads": "tensor",
         "kv_heads": "tensor",
         "vocab": "tensor",
-        "expert": "expert",
+        "experts": "expert",
     }
 )
 
@@ -141,7 +142,7 @@ class Layout:
         """The axes of this mesh that a logical axis is split over."""
         if self.mesh is None or name is None:
             return ()
-        return tuple(a for a in _as_tuple(self.rules.table.get(name)) if a in self.mesh.shape)
+        return tuple(a for a in names_of(self.rules.table.get(name)) if a in self.mesh.shape)
 
     def split(self, name: str) -> int:
         """Into how many parts a logical axis is split."""

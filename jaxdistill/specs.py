@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-WIDTH_AXES = ("kv_heads", "heads", "mlp")
+WIDTH_AXES = ("kv_heads", "heads", "experts", "mlp")
 """Axes of a layer's parameters that pruning may cut; the fields of its spec that hold their sizes have these names."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -70,17 +70,51 @@ class GatedMLP:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureOfExperts:
+    """Gated MLPs of which a router chooses `experts_per_token` for each token, none of them dropped."""
+
+    experts: int
+    experts_per_token: int
+    mlp: int
+    """Neurons of one expert."""
+    activation: Activation = "silu"
+    renormalize: bool = True
+    """The chosen experts' shares of the router's softmax are divided by their sum (Mixtral does, OLMoE does not)."""
+
+    def __post_init__(self):
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"a mixture has {self.experts} experts and {self.experts_per_token} of them for each token; the second "
+                "must be from 1 to the first."
+            )
+
+
+FFN = GatedMLP | MixtureOfExperts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """One block: a mixer and an ffn, each with its own pre-norm. Layers of a pruned model may differ."""
 
     mixer: Attention
-    ffn: GatedMLP
+    ffn: FFN
 
     @property
     def widths(self) -> dict[str, int]:
-        """The sizes of this layer's own axes that pruning may cut, by axis name."""
-        parts = (dataclasses.asdict(part) for part in (self.mixer, self.ffn))
-        return {name: size for part in parts for name, size in part.items() if name in WIDTH_AXES}
+        """The sizes of this layer's own axes that pruning may cut, by axis name; without those that it lacks."""
+        sizes = dataclasses.asdict(self.mixer) | dataclasses.asdict(self.ffn)
+        return {axis: sizes[axis] for axis in WIDTH_AXES if axis in sizes}
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """How many parts each of those axes has to choose among: as `widths`, but the neurons of all experts, of
+        which each expert keeps its own."""
+        return {axis: size * (self.experts if axis == "mlp" else 1) for axis, size in self.widths.items()}
+
+    @property
+    def experts(self) -> int:
+        """How many feed-forward networks the layer has; 1 where there is no choice."""
+        return self.widths.get("experts", 1)
 
     def with_widths(self, widths: Mapping[str, int]) -> LayerSpec:
         """This layer with other sizes of those axes."""
@@ -118,6 +152,11 @@ class ModelConfig:
     def segments(self) -> tuple[tuple[int, LayerSpec], ...]:
         """Runs of equal layers as (run length, spec): what is scanned, and how train state stacks its layers."""
         return tuple((len(list(run)), spec) for spec, run in itertools.groupby(self.layers))
+
+    @property
+    def width_axes(self) -> tuple[str, ...]:
+        """The axes of `WIDTH_AXES` that any layer has."""
+        return tuple(axis for axis in WIDTH_AXES if any(axis in layer.widths for layer in self.layers))
 
     @property
     def homogeneous(self) -> bool:

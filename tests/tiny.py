@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdistill.models.schema import schema, stack
 from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
-from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
+from jaxdistill.specs import Attention, GatedMLP, LayerSpec, MixtureOfExperts, ModelConfig
 from jaxdistill.types import Batch, Params
 
 LAYOUTS = {
@@ -29,6 +29,13 @@ def llama(
 ) -> ModelConfig:
     layer = LayerSpec(mixer=Attention(heads=heads, kv_heads=kv_heads, head_dim=4), ffn=GatedMLP(mlp=mlp))
     return ModelConfig(family="llama", vocab=vocab, embed=embed, layers=(layer,) * layers, tied=tied)
+
+
+def mixture(*, vocab: int = 64, embed: int = 16, layers: int = 2, experts: int = 8, mlp: int = 12) -> ModelConfig:
+    """A decoder whose tokens choose two of several experts in every layer."""
+    ffn = MixtureOfExperts(experts=experts, experts_per_token=2, mlp=mlp)
+    layer = LayerSpec(mixer=Attention(heads=4, kv_heads=2, head_dim=4), ffn=ffn)
+    return ModelConfig(family="mixtral", vocab=vocab, embed=embed, layers=(layer,) * layers, tied=False)
 
 
 def params(config: ModelConfig, seed: int = 0, *, head_scale: float = 1.0) -> Params:

@@ -15,7 +15,7 @@ from jaxdistill.formats.paths import local_path
 from jaxdistill.models.load import open_checkpoint
 from jaxdistill.models.schema import count_parameters, param_axes, schema
 from jaxdistill.partition import names
-from jaxdistill.specs import LayerSpec, ModelConfig
+from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
 from jaxdistill.tokenizers import Tokenizer, TokenizerError, load_tokenizer
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
@@ -86,7 +86,8 @@ def _layer_facts(config: ModelConfig) -> Iterable[tuple[str, str]]:
 def _layer(spec: LayerSpec) -> str:
     mixer, ffn = spec.mixer, spec.ffn
     heads = f"{mixer.heads} heads of {mixer.head_dim}, {mixer.kv_heads} key-value heads"
-    return f"attention {heads}, rope theta {mixer.rope.theta:g}; {ffn.activation} gated mlp {ffn.mlp:,}"
+    of_each = f"{ffn.experts_per_token} of {ffn.experts} experts, each " if isinstance(ffn, MixtureOfExperts) else ""
+    return f"attention {heads}, rope theta {mixer.rope.theta:g}; {of_each}{ffn.activation} gated mlp {ffn.mlp:,}"
 
 
 def _tokenizer_facts(path: str) -> Iterable[tuple[str, str]]:

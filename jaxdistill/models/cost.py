@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxdistill.models.flops import chosen_share
 from jaxdistill.models.schema import count_parameters, layer_sizes
 from jaxdistill.specs import LayerSpec, ModelConfig
 
@@ -46,8 +47,12 @@ class Workload:
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters that one token meets. All of them: no layer of ours chooses among experts."""
-    return count_parameters(config)
+    """Parameters that one token meets: of a mixture, the experts that it chooses."""
+    idle = sum(
+        sizes.get("experts", 0) * (1 - chosen_share(layer))
+        for sizes, layer in zip(layer_sizes(config), config.layers, strict=True)
+    )
+    return count_parameters(config) - round(idle)
 
 
 def cache_bytes(config: ModelConfig, workload: Workload) -> float:
@@ -66,22 +71,25 @@ def latency_seconds(config: ModelConfig, workload: Workload, hardware: Hardware)
 
     Each attention, each feed-forward and the head takes the longer of its products at the peak rate and its weights and
     cache at the peak bandwidth; parts do not overlap, and nothing else takes time. The prompt is one pass, every token
-    of the answer another one over a context of mean length.
+    of the answer another one over a context of mean length. Of a mixture's experts those are read that any of the
+    tokens chose, if each is as likely as the others.
     """
     rows, answer = workload.batch_size, workload.answer
     context = workload.prompt + answer / 2
     sizes = layer_sizes(config)
     head = config.vocab * config.embed
 
-    def part(parameters: float, tokens: float, attended: float = 0.0, cached: float = 0.0) -> float:
-        flops = 2 * parameters * tokens + 4 * attended
-        moved = (parameters + cached) * workload.number_bytes
+    def part(products: float, tokens: float, *, attended: float = 0.0, read: float | None = None) -> float:
+        flops = 2 * products * tokens + 4 * attended
+        moved = (products if read is None else read) * workload.number_bytes
         return max(flops / hardware.flops_per_second, moved / hardware.bytes_per_second)
 
     def layer(index: int, spec: LayerSpec, tokens: float, keys: float) -> float:
         width, stored = spec.mixer.heads * spec.mixer.head_dim, 2 * spec.mixer.kv_heads * spec.mixer.head_dim
-        attention = part(sizes[index]["mixer"], tokens, width * tokens * keys, stored * rows * keys)
-        return attention + part(sizes[index]["ffn"], tokens)
+        mixer, ffn, experts = (sizes[index].get(name, 0) for name in ("mixer", "ffn", "experts"))
+        attention = part(mixer, tokens, attended=width * tokens * keys, read=mixer + stored * rows * keys)
+        share = chosen_share(spec)
+        return attention + part(ffn + experts * share, tokens, read=ffn + experts * (1 - (1 - share) ** tokens))
 
     # Half of a prompt's keys are before the mean token.
     prompt = sum(layer(i, s, rows * workload.prompt, workload.prompt / 2) for i, s in enumerate(config.layers))

@@ -22,19 +22,25 @@ from jaxdistill.models.embedding import look_up
 from jaxdistill.models.modules import Attend, Block, Context, RMSNorm
 from jaxdistill.models.schema import segment_bounds
 from jaxdistill.sharding import Layout
-from jaxdistill.specs import LayerSpec, ModelConfig, Rope
+from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig, Rope
 from jaxdistill.types import Head, Outputs, Params, Tap
 
 TAP_POINTS = ("input", "mixer_normed", "query", "key", "value", "heads", "ffn_normed", "mlp", "output")
+MIXTURE_TAP_POINTS = ("chosen_experts", "experts")
 """Activations of a block that a `Tap` may read, in the order in which they arise.
 
 "input", "output": the residual stream [batch, length, embed]. "mixer_normed", "ffn_normed": after the pre-norms.
 "query", "key": after rotation, and "value": [batch, length, heads or kv_heads, head_dim]. "heads": what the output
 projection reads, [batch, length, heads, head_dim]. "mlp": what the down projection reads, [batch, length, mlp].
+
+Layers with a mixture of experts have "mlp" for each choice of a token, [batch, length, choices, mlp], and two more
+points: "chosen_experts", their indices [batch, length, choices], and "experts", what each of them adds to the stream,
+[batch, length, choices, embed].
 """
 
-GATE_POINTS = ("mixer_normed", "heads", "ffn_normed", "mlp", "layer")
-"""Where a layer's parts may be multiplied by factors; "layer" is all that it adds to the residual stream."""
+GATE_POINTS = ("mixer_normed", "heads", "ffn_normed", "mlp", "experts", "layer")
+"""Where a layer's parts may be multiplied by factors; "layer" is all that it adds to the residual stream. In a mixture
+the parts of "mlp" are the neurons of all experts, expert by expert."""
 
 Gates = Mapping[str, Mapping[str, Array]]
 """Factors of what parts of a model hand on: by segment ("0", "1", …) and point, [layers, batch or 1, parts]; a "layer"
@@ -313,11 +319,14 @@ def _runs(config: ModelConfig, params: Params, taps: Mapping[str, Tap], gates: G
 
 def _check_taps(config: ModelConfig, taps: Mapping[str, Tap]) -> None:
     for name, tap in taps.items():
-        unknown = [p for p in tap.points if p not in TAP_POINTS]
-        if unknown:
-            raise ValueError(f"tap {name!r} asks for the points {unknown}; allowed are {TAP_POINTS}.")
         depth = len(config.layers)
         layers = tap.layers
+        tapped = [config.layers[i] for i in (range(depth) if layers is None else layers) if 0 <= i < depth]
+        mixtures = all(isinstance(layer.ffn, MixtureOfExperts) for layer in tapped)
+        points = TAP_POINTS + (MIXTURE_TAP_POINTS if mixtures else ())
+        unknown = [p for p in tap.points if p not in points]
+        if unknown:
+            raise ValueError(f"tap {name!r} asks for the points {unknown}; allowed are {points}.")
         if layers is not None and (not layers or list(layers) != sorted({i for i in layers if 0 <= i < depth})):
             raise ValueError(
                 f"tap {name!r} asks for the layers {layers}; allowed are increasing indices from 0 to {depth - 1}, "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.sharding import BATCH_AXES, Layout
+from jaxdistill.sharding import BATCH_AXES, Layout, names_of
 
 
 def look_up(
@@ -28,9 +28,9 @@ def look_up(
     local = functools.partial(
         _look_up_locally,
         dtype=dtype,
-        vocab_axes=_names(table_spec[0]),
-        embed_axes=_names(table_spec[1]),
-        batch_axes=_names(tokens_spec[0]),
+        vocab_axes=names_of(table_spec[0]),
+        embed_axes=names_of(table_spec[1]),
+        batch_axes=names_of(tokens_spec[0]),
     )
     rows = jax.shard_map(
         local,
@@ -72,7 +72,3 @@ def _look_up_locally(
         else:
             x = jax.lax.psum(x, axis)
     return x
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry

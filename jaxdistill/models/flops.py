@@ -6,17 +6,28 @@ import math
 from collections.abc import Collection
 
 from jaxdistill.models.schema import locate, schema
-from jaxdistill.specs import ModelConfig
+from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
 
 
-def product_parameters(config: ModelConfig) -> int:
-    """Parameters that multiply every token: all kernels, the head included (also when tied), without the look-up."""
-    kernels = sum(
-        math.prod(spec.shape)
-        for name, spec in schema(config).items()
-        if name.endswith(".kernel") and not name.startswith("embedding")
-    )
+def product_parameters(config: ModelConfig) -> float:
+    """Parameters that multiply a token: all kernels, the head included (also when tied), without the look-up; of a
+    mixture the experts that a token chooses."""
+    kernels = sum(_products(config, name) for name in schema(config) if not name.startswith("embedding"))
     return kernels + (config.vocab * config.embed if config.tied else 0)
+
+
+def chosen_share(spec: LayerSpec) -> float:
+    """The share of a layer's experts that one token chooses."""
+    return spec.ffn.experts_per_token / spec.experts if isinstance(spec.ffn, MixtureOfExperts) else 1.0
+
+
+def _products(config: ModelConfig, name: str) -> float:
+    """How many of a parameter's numbers multiply a token."""
+    if not name.endswith(".kernel"):
+        return 0
+    leaf = schema(config)[name]
+    by_experts = leaf.axes[0] == "experts"
+    return math.prod(leaf.shape) * (chosen_share(config.layers[int(name.split(".")[1])]) if by_experts else 1)
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:
@@ -34,7 +45,7 @@ def training_flops(config: ModelConfig, length: int, *, frozen: Collection[str] 
     spared = 0
     for name in schema(config):
         path, _ = locate(config, name)
-        multiplies = name.endswith(".kernel") and (config.tied or not name.startswith("embedding"))
+        multiplies = config.tied or not name.startswith("embedding")
         if multiplies and ".".join(path) in frozen:
-            spared += math.prod(schema(config)[name].shape)
+            spared += _products(config, name)
     return 3 * forward_flops(config, length) - 2 * spared

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer, normal, ones, zeros
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.attention import RopeTable, rotate
+from jaxdistill.models.experts import run_experts
 from jaxdistill.sharding import Axes, Layout
-from jaxdistill.specs import Activation, Attention, GatedMLP, LayerSpec, ModelConfig, Rope
+from jaxdistill.specs import Activation, Attention, GatedMLP, LayerSpec, MixtureOfExperts, ModelConfig, Rope
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """From rotated queries, rotated keys and values to each query's mix of values, and the memory to keep (a cache)."""
@@ -54,6 +55,15 @@ class Context:
             return value
         factor = self.gates[point].astype(value.dtype)
         return value * factor.reshape(factor.shape[0], 1, factor.shape[1], *(1,) * (value.ndim - 3))
+
+    def gated_choices(
+        self, point: str, value: Float[Array, "batch length choices"], chosen: Int[Array, "batch length choices"]
+    ) -> Array:
+        """The same for values of which each belongs to the part that was chosen."""
+        if point not in self.gates:
+            return value
+        factor = jnp.broadcast_to(self.gates[point], (value.shape[0], self.gates[point].shape[1]))
+        return value * jnp.take_along_axis(factor[:, None], chosen, axis=-1).astype(value.dtype)
 
 
 def parameter(shape: tuple[int, ...], axes: Axes, initializer: Initializer) -> nnx.Param:
@@ -147,12 +157,58 @@ class GatedFFN(nnx.Module):
         return self.down(mlp, context), {"ffn_normed": normed, "mlp": mlp}
 
 
+class ExpertKernels(nnx.Module):
+    """One kernel for each expert."""
+
+    def __init__(self, shape: tuple[int, ...], axes: Axes, *, scale: float = 1.0):
+        self.kernel = parameter(shape, axes, normal(scale * shape[1] ** -0.5))
+
+
+class MixtureFFN(nnx.Module):
+    """Pre-normed mixture of experts; returns what is added to the residual stream.
+
+    The router's softmax is float32; a token's output is the sum of its experts' outputs, weighted by it.
+    """
+
+    def __init__(self, spec: MixtureOfExperts, config: ModelConfig):
+        embed, experts, mlp = config.embed, spec.experts, spec.mlp
+        self.spec = spec
+        self.norm = RMSNorm(embed, config.norm_epsilon)
+        self.router = Linear((embed, experts), ("embed", "experts"), inputs=1, bias=False)
+        self.gate = ExpertKernels((experts, embed, mlp), ("experts", "embed", "mlp"))
+        self.up = ExpertKernels((experts, embed, mlp), ("experts", "embed", "mlp"))
+        self.down = ExpertKernels((experts, mlp, embed), ("experts", "mlp", "embed"), scale=residual_scale(config))
+
+    def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
+        spec, layout = self.spec, context.layout
+        normed = context.gated("ffn_normed", self.norm(x, context.dtype))
+        logits = layout.constrain(self.router(normed, context), ("batch", "length", None))
+        shares, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), spec.experts_per_token)
+        if spec.renormalize:
+            shares = shares / shares.sum(-1, keepdims=True)
+        factors = context.gates.get("mlp")
+        mixed, mlp, outputs = run_experts(
+            normed,
+            chosen,
+            context.gated_choices("experts", shares, chosen),
+            {name: getattr(self, name).kernel[...].astype(context.dtype) for name in ("gate", "up", "down")},
+            activation=ACTIVATIONS[spec.activation],
+            factors=None if factors is None else factors.reshape(-1, spec.experts, spec.mlp),
+            layout=layout,
+        )
+        return mixed, {"ffn_normed": normed, "chosen_experts": chosen, "mlp": mlp, "experts": outputs}
+
+
 class Block(nnx.Module):
     """One layer: x + mixer(x), then + ffn of that."""
 
     def __init__(self, spec: LayerSpec, config: ModelConfig):
         self.mixer = AttentionMixer(spec.mixer, config)
-        self.ffn = GatedFFN(spec.ffn, config)
+        match spec.ffn:
+            case GatedMLP():
+                self.ffn = GatedFFN(spec.ffn, config)
+            case MixtureOfExperts():
+                self.ffn = MixtureFFN(spec.ffn, config)
 
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
         mixed, mixer_points = self.mixer(x, context)

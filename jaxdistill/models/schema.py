@@ -214,7 +214,7 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def layer_sizes(config: ModelConfig) -> list[dict[str, int]]:
-    """Parameters of every layer's parts ("mixer", "ffn"), in the model's order."""
+    """Parameters of every layer's parts ("mixer", "ffn" and, apart from it, "experts"), in the model's order."""
     return [{part: size for part, size in _sizes(config, spec).items() if part} for spec in config.layers]
 
 
@@ -226,7 +226,7 @@ def _sizes(config: ModelConfig, spec: LayerSpec) -> dict[str, int]:
     sizes = {"": 0}
     for name, leaf in _schema(dataclasses.replace(config, layers=(spec,))).items():
         first, *rest = name.split(".")
-        part = rest[1] if first == "layers" else ""
+        part = "" if first != "layers" else "experts" if leaf.axes[0] == "experts" else rest[1]
         sizes[part] = sizes.get(part, 0) + math.prod(leaf.shape)
     return sizes
 

@@ -14,7 +14,7 @@ from jaxdistill.models.schema import leaf_at, stacked_schema
 from jaxdistill.prune.choose import Target
 from jaxdistill.prune.importance import Importance
 from jaxdistill.sharding import Layout
-from jaxdistill.specs import WIDTH_AXES, ModelConfig
+from jaxdistill.specs import ModelConfig
 from jaxdistill.types import Params
 
 ScoreOf = Callable[[str, int | None, int], np.ndarray]
@@ -43,9 +43,11 @@ def even_importance(config: ModelConfig, target: Target) -> Importance:
         wanted = getattr(target, axis)
         if isinstance(wanted, tuple):
             raise ValueError(f"{axis} is {wanted}; equal distances are made for one size that all layers have.")
+        groups = config.layers[layer].experts if layer is not None and axis == "mlp" else 1
+        size //= groups
         keep = size if wanted is None else wanted
         chosen = np.round(np.linspace(0, size - 1, min(keep, size))).astype(int)
-        return np.isin(np.arange(size), chosen).astype(float)
+        return np.tile(np.isin(np.arange(size), chosen).astype(float), groups)
 
     return _scored(config, even)
 
@@ -59,11 +61,12 @@ def weight_magnitude(config: ModelConfig, params: Params, layout: Layout = Layou
         found: dict[str, dict[str, Array]] = {}
         for path, leaf in stacked_schema(config).items():
             values = jnp.square(leaf_at(params, path).astype(jnp.float32))
-            for axis in ("embed", "layers", *WIDTH_AXES):
+            for axis in ("embed", "layers", *config.width_axes):
                 if axis not in leaf.axes:
                     continue
-                keep = [at for at, name in enumerate(leaf.axes) if name in (axis, "layers")]
-                sums = values.sum([at for at in range(values.ndim) if at not in keep])
+                own = (axis, "layers", "experts") if axis == "mlp" else (axis, "layers")
+                sums = values.sum([at for at, name in enumerate(leaf.axes) if name not in own])
+                sums = sums.reshape(len(sums), -1) if axis == "mlp" else sums  # neurons of one expert after another
                 place = "model" if axis == "embed" else path[1]
                 # One choice of channels for the whole model; each layer has its own of everything else.
                 sums = sums.sum(0) if axis == "embed" and leaf.stacked else sums
@@ -76,7 +79,14 @@ def weight_magnitude(config: ModelConfig, params: Params, layout: Layout = Layou
     return Importance(
         embed=found["model"]["embed"],
         layers=np.concatenate([each["layers"] for each in segments]),
-        widths={axis: tuple(row for each in segments for row in each[axis]) for axis in WIDTH_AXES},
+        widths={
+            axis: tuple(
+                row
+                for each, (size, _) in zip(segments, config.segments, strict=True)
+                for row in each.get(axis, np.zeros((size, 0)))
+            )
+            for axis in config.width_axes
+        },
     )
 
 
@@ -85,7 +95,7 @@ def _scored(config: ModelConfig, score: ScoreOf) -> Importance:
         embed=score("embed", None, config.embed),
         layers=score("layers", None, len(config.layers)),
         widths={
-            axis: tuple(score(axis, i, layer.widths[axis]) for i, layer in enumerate(config.layers))
-            for axis in WIDTH_AXES
+            axis: tuple(score(axis, i, layer.parts.get(axis, 0)) for i, layer in enumerate(config.layers))
+            for axis in config.width_axes
         },
     )

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxdistill.prune.importance import Importance
 from jaxdistill.prune.plan import Indices, PrunePlan, Shape, check_indices
-from jaxdistill.specs import WIDTH_AXES, ModelConfig
+from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
     """The sizes of the smaller model; None keeps an axis as it is.
 
-    layers: how many, or exactly which. mlp: one size for all kept layers, or one for each. heads and kv_heads count per
-    layer; with fewer kv_heads and heads None, the query heads of a dropped key-value head go with it.
+    layers: how many, or exactly which. mlp: one size for all kept layers, or one for each; in a mixture, of each
+    expert. experts, heads and kv_heads count per layer; with fewer kv_heads and heads None, the query heads of a
+    dropped key-value head go with it. Layers without a mixture keep what they have of experts.
     """
 
     layers: int | tuple[int, ...] | None = None
@@ -25,6 +27,7 @@ class Target:
     mlp: int | tuple[int, ...] | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    experts: int | None = None
 
     @property
     def changes_nothing(self) -> bool:
@@ -48,7 +51,9 @@ def equal_importance(config: ModelConfig) -> Importance:
     return Importance(
         embed=np.zeros(config.embed),
         layers=np.zeros(len(config.layers)),
-        widths={axis: tuple(np.zeros(layer.widths[axis]) for layer in config.layers) for axis in WIDTH_AXES},
+        widths={
+            axis: tuple(np.zeros(layer.parts.get(axis, 0)) for layer in config.layers) for axis in config.width_axes
+        },
     )
 
 
@@ -57,24 +62,25 @@ def choose(
 ) -> PrunePlan:
     """The plan that keeps the parts with the highest scores; of equals the earlier one.
 
-    Channels are ranked once for the whole model, neurons and heads in each layer, query heads inside the group of
-    their key-value head. Kept parts stay in the model's order; with `sort` they stand in falling order of importance,
+    Channels are ranked once for the whole model, experts, neurons and heads in each layer, query heads inside the group
+    of their key-value head, neurons of a mixture inside their expert.
+    Kept parts stay in the model's order; with `sort` they stand in falling order of importance,
     so that every prefix of an axis is the best choice of that size (nested models). Layers always keep their order.
     merge_heads: dropped query heads leave a residual in kept ones, see `PrunePlan.head_partners`. Raises ValueError for
     sizes that the model does not have.
     """
     _check_scores(config, scores)
     layers = _layers(scores, target)
-    widths: dict[str, list[Indices]] = {"kv_heads": [], "heads": [], "mlp": []}
+    widths: dict[str, list[Indices]] = {axis: [] for axis in config.width_axes}
     partners: list[Indices] = []
     for layer, mlp in zip(layers, _mlp_sizes(config, target, layers), strict=True):
-        spec = config.layers[layer].mixer
+        spec = config.layers[layer]
         given = {axis: values[layer] for axis, values in scores.widths.items()}
-        groups, heads = _heads(spec.heads, spec.kv_heads, given, target, sort=sort)
-        widths["kv_heads"].append(groups)
-        widths["heads"].append(heads)
-        partners.append(_partners(heads, spec.heads // spec.kv_heads, given["heads"]) if merge_heads else heads)
-        widths["mlp"].append(_ordered(_best(f"mlp of layer {layer}", given["mlp"], mlp), sort))
+        found = _heads(spec, given, target, sort=sort) | _neurons(f"layer {layer}", spec, given, target, mlp, sort=sort)
+        for axis in config.width_axes:
+            widths[axis].append(found.get(axis, ()))
+        size = spec.mixer.heads // spec.mixer.kv_heads
+        partners.append(_partners(found["heads"], size, given["heads"]) if merge_heads else found["heads"])
     embed = _best("embed", scores.embed, config.embed if target.embed is None else target.embed)
     return PrunePlan(
         source=Shape.of(config),
@@ -88,10 +94,10 @@ def choose(
 def _check_scores(config: ModelConfig, scores: Importance) -> None:
     """Refuses the scores of another model, and scores that cannot be ranked."""
     sizes = {"embed": [config.embed], "layers": [len(config.layers)]}
-    sizes |= {axis: [layer.widths[axis] for layer in config.layers] for axis in WIDTH_AXES}
-    arrays = {"embed": [scores.embed], "layers": [scores.layers], **{a: [*scores.widths[a]] for a in WIDTH_AXES}}
+    sizes |= {axis: [layer.parts.get(axis, 0) for layer in config.layers] for axis in config.width_axes}
+    arrays: dict[str, Sequence[Any]] = {"embed": [scores.embed], "layers": [scores.layers], **scores.widths}
     for axis, expected in sizes.items():
-        found = [len(each) for each in arrays[axis]]
+        found = [len(each) for each in arrays.get(axis, ())]
         if found != expected:
             raise ValueError(f"the scores of {axis} are for sizes {found} and the model has {expected}; measure it.")
         if not all(np.isfinite(each).all() for each in arrays[axis]):
@@ -116,11 +122,9 @@ def _mlp_sizes(config: ModelConfig, target: Target, layers: Sequence[int]) -> tu
     return tuple(config.layers[layer].ffn.mlp if target.mlp is None else target.mlp for layer in layers)
 
 
-def _heads(
-    heads: int, kv_heads: int, scores: Mapping[str, np.ndarray], target: Target, *, sort: bool
-) -> tuple[Indices, Indices]:
-    """(kept key-value heads, kept query heads in their order)."""
-    size = heads // kv_heads
+def _heads(spec: LayerSpec, scores: Mapping[str, np.ndarray], target: Target, *, sort: bool) -> dict[str, Indices]:
+    """Kept key-value heads, and kept query heads in their order."""
+    kv_heads, size = spec.mixer.kv_heads, spec.mixer.heads // spec.mixer.kv_heads
     keep_groups = kv_heads if target.kv_heads is None else target.kv_heads
     keep = size * keep_groups if target.heads is None else target.heads
     if keep_groups < 1 or keep % keep_groups:
@@ -129,12 +133,33 @@ def _heads(
             f"the second. Give heads as a multiple of {keep_groups}, up to {size * keep_groups}."
         )
     groups = _ordered(_best("kv_heads", scores["kv_heads"], keep_groups), sort)
+    heads = _members("query heads of key-value head", groups, size, scores["heads"], keep // keep_groups, sort=sort)
+    return {"kv_heads": groups, "heads": heads}
+
+
+def _neurons(
+    where: str, spec: LayerSpec, scores: Mapping[str, np.ndarray], target: Target, mlp: int, *, sort: bool
+) -> dict[str, Indices]:
+    """Kept neurons; in a mixture kept experts, and of each as many neurons, in their order."""
+    if not isinstance(spec.ffn, MixtureOfExperts):
+        return {"mlp": _ordered(_best(f"mlp of {where}", scores["mlp"], mlp), sort)}
+    keep, least = spec.experts if target.experts is None else target.experts, spec.ffn.experts_per_token
+    if keep < least:
+        raise ValueError(
+            f"{keep} experts are to be kept in {where}, each of whose tokens chooses {least}; keep {least} or more."
+        )
+    experts = _ordered(_best(f"experts of {where}", scores["experts"], keep), sort)
+    neurons = _members(f"mlp of {where}, expert", experts, spec.ffn.mlp, scores["mlp"], mlp, sort=sort)
+    return {"experts": experts, "mlp": neurons}
+
+
+def _members(name: str, groups: Indices, size: int, scores: np.ndarray, keep: int, *, sort: bool) -> Indices:
+    """Of each group the best members, in the groups' order; group i has the `size` members from i · size on."""
     chosen: list[int] = []
     for group in groups:
-        own = scores["heads"][group * size : (group + 1) * size]
-        best = _best(f"query heads of key-value head {group}", own, keep // keep_groups)
-        chosen += [group * size + head for head in _ordered(best, sort)]
-    return groups, tuple(chosen)
+        best = _best(f"{name} {group}", scores[group * size : (group + 1) * size], keep)
+        chosen += [group * size + member for member in _ordered(best, sort)]
+    return tuple(chosen)
 
 
 def _partners(kept: Indices, group_size: int, scores: np.ndarray) -> Indices:

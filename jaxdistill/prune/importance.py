@@ -8,6 +8,7 @@ calibration set, so what is kept while measuring is one number per part, and a p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import zipfile
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxdistill.formats.paths import atomic_file, local_path
 from jaxdistill.prune.block_influence import block_influence_tap
-from jaxdistill.specs import ModelConfig
+from jaxdistill.specs import LayerSpec, ModelConfig
 from jaxdistill.types import Mean, Tap
 
 Aggregation = Literal["mean", "l2", "variance"]
@@ -33,7 +34,8 @@ Sums = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Sums over rows of a number per part and of its square, float32 [...]; rows: how many were not all padding."""
+    """Sums over rows of a number per part and of its square, float32 [...]; rows: how many were not all padding, for
+    each of the leading axes that it has."""
 
     first: Any
     second: Any
@@ -76,24 +78,34 @@ def importance_taps(config: ModelConfig, *, sequence: Aggregation = "mean") -> d
     """Taps that reduce, in every layer, what each part hands on: over the tokens of a row, then summed over rows.
 
     mlp neurons: the input of the down projection. Query heads: the input of the output projection. Channels: the
-    outputs of both norms. Layers: Block Influence. Padding does not count. With packed rows a row is one example.
-    sequence: how the tokens of a row become one number.
+    outputs of both norms. Layers: Block Influence. Experts: the norm of what one adds to the stream, a mean over the
+    tokens that chose it (as in NVIDIA's ModelOpt); of its neurons, these tokens are the row. Padding does not count.
+    With packed rows a row is one example. sequence: how the tokens of a row become one number.
     """
     influence = block_influence_tap()
 
-    def reduce(values: Mapping[str, Array], mask: Float[Array, "batch length"]) -> dict[str, Any]:
-        return {
-            "mlp": _moments(values["mlp"], mask, sequence),
+    def reduce(values: Mapping[str, Array], mask: Float[Array, "batch length"], spec: LayerSpec) -> dict[str, Any]:
+        found = {
             "heads": _moments(values["heads"], mask, sequence),
             "embed": [_moments(values[point], mask, sequence) for point in ("mixer_normed", "ffn_normed")],
             "layers": influence.reduce(values, mask),
         }
+        if "experts" not in spec.widths:
+            return found | {"mlp": _moments(values["mlp"], mask, sequence)}
+        chosen = jax.nn.one_hot(values["chosen_experts"], spec.experts) * (mask > 0)[..., None, None]
+        norms = jnp.linalg.norm(values["experts"].astype(jnp.float32), axis=-1)
+        experts = Mean(jnp.einsum("blc,blce->e", norms, chosen), chosen.sum((0, 1, 2)))
+        return found | {"experts": experts, "mlp": _expert_moments(values["mlp"], chosen, sequence)}
 
     points = ("input", "mixer_normed", "heads", "ffn_normed", "mlp", "output")
     taps, first = {}, 0
     # Segments may differ in width, and so in the shape of their results.
-    for segment, (size, _) in enumerate(config.segments):
-        taps[str(segment)] = Tap(points=points, reduce=reduce, layers=tuple(range(first, first + size)))
+    for segment, (size, spec) in enumerate(config.segments):
+        taps[str(segment)] = Tap(
+            points=points + (("chosen_experts", "experts") if "experts" in spec.widths else ()),
+            reduce=functools.partial(reduce, spec=spec),
+            layers=tuple(range(first, first + size)),
+        )
         first += size
     return taps
 
@@ -107,17 +119,20 @@ def importance(config: ModelConfig, sums: Sums, *, batch: Aggregation = "l2") ->
     """Scores from what the taps of `importance_taps` found in all batches. batch: how rows become one number.
 
     The defaults, mean over tokens and l2 over rows, are the paper's best. A query head's score is the l2 norm
-    over its dimensions, a key-value head's over its query heads; a channel's score is the sum over all norms.
+    over its dimensions, a key-value head's over its query heads; a channel's score is the sum over all norms. An expert
+    that no token chose scores 0.
     """
     segments = [jax.tree.map(lambda x: np.asarray(x, np.float64), sums[str(i)]) for i in range(len(config.segments))]
     embed = np.zeros(config.embed)
     layers: list[np.ndarray] = []
-    widths: dict[str, list[np.ndarray]] = {"kv_heads": [], "heads": [], "mlp": []}
-    for found, (_, spec) in zip(segments, config.segments, strict=True):
+    widths: dict[str, list[np.ndarray]] = {axis: [] for axis in config.width_axes}
+    for found, (size, spec) in zip(segments, config.segments, strict=True):
         embed += sum(_over_rows(each, batch).sum(0) for each in found["embed"])
         heads = np.linalg.norm(_over_rows(found["heads"], batch), axis=-1)
         groups = heads.reshape(len(heads), spec.mixer.kv_heads, -1)
-        widths["mlp"] += list(_over_rows(found["mlp"], batch))
+        widths["mlp"] += list(_over_rows(found["mlp"], batch).reshape(size, -1))
+        if "experts" in widths:
+            widths["experts"] += list(found["experts"].value if "experts" in found else np.zeros((size, 0)))
         widths["heads"] += list(heads)
         widths["kv_heads"] += list(np.linalg.norm(groups, axis=-1))
         influence: Mean = found["layers"]
@@ -145,9 +160,34 @@ def _moments(
     return Moments(row.sum(0), jnp.square(row).sum(0), (tokens > 0).sum().astype(jnp.float32))
 
 
+def _expert_moments(
+    values: Float[Array, "batch length choices mlp"],
+    chosen: Float[Array, "batch length choices experts"],
+    kind: Aggregation,
+) -> Moments:
+    """The same for neurons of experts, [experts, mlp]: to an expert, a row is the tokens that chose it."""
+    values = jnp.where((chosen.sum(-1) > 0)[..., None], values.astype(jnp.float32), 0.0)
+    tokens = chosen.sum((1, 2))[..., None]
+    count = jnp.maximum(tokens, 1.0)
+
+    def totals(values: Array) -> Float[Array, "batch experts mlp"]:
+        return jnp.einsum("blcm,blce->bem", values, chosen)
+
+    match kind:
+        case "mean":
+            row = totals(jnp.abs(values)) / count
+        case "l2":
+            row = jnp.sqrt(totals(jnp.square(values)))
+        case "variance":
+            means = jnp.einsum("bem,blce->blcm", totals(values) / count, chosen)
+            row = totals(jnp.square(values - means)) / count
+    return Moments(row.sum(0), jnp.square(row).sum(0), (tokens[..., 0] > 0).sum(0).astype(jnp.float32))
+
+
 def _over_rows(moments: Moments, kind: Aggregation) -> np.ndarray:
     """[layers, ...] of one number per part."""
-    rows = np.maximum(moments.rows, 1.0).reshape(-1, *(1,) * (moments.first.ndim - 1))
+    rows = np.maximum(moments.rows, 1.0)
+    rows = rows.reshape(*rows.shape, *(1,) * (moments.first.ndim - rows.ndim))
     match kind:
         case "mean":
             return moments.first / rows

@@ -181,7 +181,9 @@ def open_gates(config: ModelConfig, rows: int) -> dict[str, dict[str, Array]]:
 
     def ones(size: int, spec: LayerSpec) -> dict[str, Array]:
         parts = {"mixer_normed": config.embed, "ffn_normed": config.embed, "heads": spec.mixer.heads}
-        parts |= {"mlp": spec.ffn.mlp, "layer": 1}
+        parts |= {"mlp": spec.parts["mlp"], "layer": 1}
+        if "experts" in spec.parts:
+            parts["experts"] = spec.experts
         return {point: jnp.ones((size, rows, count)) for point, count in parts.items()}
 
     return {str(i): ones(*segment) for i, segment in enumerate(config.segments)}
@@ -193,13 +195,14 @@ def _absolute(config: ModelConfig, slopes: Gates) -> Importance:
     The widths are arrays [layers of a segment, parts] in the order of the segments; layers are rows of them.
     """
     embed = sum(slopes[s][point].sum(0) for s in slopes for point in ("mixer_normed", "ffn_normed"))
-    widths: dict[str, list[Array]] = {"kv_heads": [], "heads": [], "mlp": []}
+    widths: dict[str, list[Array]] = {axis: [] for axis in config.width_axes}
     layers = []
     for segment, (size, spec) in enumerate(config.segments):
         found = slopes[str(segment)]
         groups = found["heads"].reshape(size, found["heads"].shape[1], spec.mixer.kv_heads, -1).sum(-1)
-        for axis, values in (("kv_heads", groups), ("heads", found["heads"]), ("mlp", found["mlp"])):
-            widths[axis] += list(jnp.abs(values).sum(1))
+        own = {**found, "kv_heads": groups}
+        for axis in config.width_axes:
+            widths[axis] += list(jnp.abs(own[axis]).sum(1) if axis in own else jnp.zeros((size, 0)))
         layers.append(jnp.abs(found["layer"]).sum((1, 2)))
     return Importance(
         embed=jnp.abs(embed).sum(0),

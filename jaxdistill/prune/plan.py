@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdistill.formats.paths import local_path, write_text
-from jaxdistill.specs import WIDTH_AXES, ModelConfig
+from jaxdistill.specs import ModelConfig
 
 Indices = tuple[int, ...]
+GROUPS = {"heads": "kv_heads", "mlp": "experts"}
+"""Axes whose parts belong to those of another axis, equally many to each, in its order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,11 @@ class Shape:
     def of(cls, config: ModelConfig) -> Shape:
         return cls(embed=config.embed, layers=tuple(layer.widths for layer in config.layers))
 
+    def parts(self, layer: int) -> dict[str, int]:
+        """How many parts each axis of a layer has to choose among, see `specs.LayerSpec.parts`."""
+        sizes = dict(self.layers[layer])
+        return sizes | {"mlp": sizes["mlp"] * sizes.get("experts", 1)}
+
     def __str__(self) -> str:
         kinds = sorted({", ".join(f"{name} {size}" for name, size in layer.items()) for layer in self.layers})
         return f"{len(self.layers)} layers, embed {self.embed}; {' or '.join(kinds)}"
@@ -38,8 +45,10 @@ class PrunePlan:
     """Indices into the original, in the order in which the smaller model has them: a subset, or only a new order.
 
     source: the shape of the model that the indices belong to. layers: increasing. embed: one choice for the whole
-    model, since the residual stream runs through all of it. widths: for each of the axes `specs.WIDTH_AXES`, one choice
-    for each kept layer; query heads stand in the order of their key-value heads, equally many for each.
+    model, since the residual stream runs through all of it. widths: for each of the axes `specs.WIDTH_AXES` that the
+    model has, one choice for each kept layer, empty where the layer lacks the axis. Query heads stand in the order of
+    their key-value heads, equally many for each; so do the neurons of a mixture in that of its experts, neuron j of
+    expert i being i · mlp + j.
     head_partners: empty, or for each kept layer and query head the head of its group whose residual its query weights
     take (W becomes W + (W - W of the partner)); itself where nothing changes.
     """
@@ -61,45 +70,56 @@ class PrunePlan:
                     f"{axis} has {len(choices)} choices for {len(self.layers)} kept layers; give one for each."
                 )
             for layer, chosen in zip(self.layers, choices, strict=True):
-                if axis not in self.source.layers[layer]:
-                    raise ValueError(
-                        f"layer {layer} has no axis {axis!r}; its axes are {sorted(self.source.layers[layer])}."
-                    )
-                check_indices(f"{axis} of layer {layer}", chosen, self.source.layers[layer][axis])
-        if "heads" in self.widths:
-            self._check_groups()
+                parts = self.source.parts(layer)
+                if axis in parts:
+                    check_indices(f"{axis} of layer {layer}", chosen, parts[axis])
+                elif chosen:
+                    raise ValueError(f"layer {layer} has no axis {axis!r}; its axes are {sorted(parts)}.")
+        for members, groups in GROUPS.items():
+            if members in self.widths and groups in self.widths:
+                self._check_groups(members, groups)
+        self._check_partners()
 
-    def _check_groups(self) -> None:
-        """Each kept key-value head keeps equally many of its own query heads."""
-        partners = self.head_partners or self.widths["heads"]
-        if [len(each) for each in partners] != [len(each) for each in self.widths["heads"]]:
-            raise ValueError("head_partners does not give one head for each kept query head of each kept layer.")
-        for layer, heads, groups, others in zip(
-            self.layers, self.widths["heads"], self.widths["kv_heads"], partners, strict=True
-        ):
-            sizes = self.source.layers[layer]
-            group_size, kept = sizes["heads"] // sizes["kv_heads"], len(heads) // len(groups)
-            owners = tuple(head // group_size for head in heads)
-            if len(heads) % len(groups) or owners != tuple(group for group in groups for _ in range(kept)):
+    def _check_groups(self, members: str, groups: str) -> None:
+        """Each kept group keeps equally many of its own members."""
+        for layer, chosen, owners in zip(self.layers, self.widths[members], self.widths[groups], strict=True):
+            parts = self.source.parts(layer)
+            if groups not in parts:
+                continue
+            size, kept = parts[members] // parts[groups], len(chosen) // len(owners)
+            found = tuple(index // size for index in chosen)
+            if len(chosen) % len(owners) or found != tuple(owner for owner in owners for _ in range(kept)):
                 raise ValueError(
-                    f"layer {layer} keeps the query heads {heads} and the key-value heads {groups}; query head i "
-                    f"belongs to key-value head i // {group_size}, and each kept one needs equally many of its own, "
-                    "in its order."
+                    f"layer {layer} keeps {len(chosen)} {members} ({_written(chosen):.60}) and the {groups} "
+                    f"{_written(owners)}; number i of the {members} belongs to number i // {size} of the {groups}, and "
+                    "each kept one needs equally many of its own, in its order."
                 )
-            if owners != tuple(head // group_size for head in others):
+
+    def _check_partners(self) -> None:
+        """A head's partner is of its own key-value head."""
+        if not self.head_partners:
+            return
+        if [len(each) for each in self.head_partners] != [len(each) for each in self.widths["heads"]]:
+            raise ValueError("head_partners does not give one head for each kept query head of each kept layer.")
+        for layer, heads, others in zip(self.layers, self.widths["heads"], self.head_partners, strict=True):
+            parts = self.source.parts(layer)
+            size = parts["heads"] // parts["kv_heads"]
+            if [head // size for head in heads] != [head // size for head in others]:
                 raise ValueError(
                     f"layer {layer} gives the query heads {heads} the partners {others}; a head's partner is of its "
-                    f"own key-value head (head i belongs to i // {group_size})."
+                    f"own key-value head (head i belongs to i // {size})."
                 )
 
     def resize(self, config: ModelConfig) -> ModelConfig:
         """The shape of the smaller model. Raises ValueError for another model than the plan's."""
         self.check(config)
-        layers = [
-            config.layers[layer].with_widths({axis: len(choices[at]) for axis, choices in self.widths.items()})
-            for at, layer in enumerate(self.layers)
-        ]
+        layers = [config.layers[layer].with_widths(self.sizes(at)) for at, layer in enumerate(self.layers)]
         return dataclasses.replace(config, embed=len(self.embed), layers=tuple(layers))
+
+    def sizes(self, at: int) -> dict[str, int]:
+        """The widths of a kept layer, given its place among them; neurons are those of one expert."""
+        counts = {axis: len(choices[at]) for axis, choices in self.widths.items() if choices[at]}
+        return counts | ({"mlp": counts["mlp"] // counts.get("experts", 1)} if "mlp" in counts else {})
 
     def check(self, config: ModelConfig) -> None:
         """Refuses another model than the one whose indices these are."""
@@ -116,9 +136,11 @@ class PrunePlan:
             parts.append(f"layers {_written(self.layers)}")
         if len(self.embed) < self.source.embed:
             parts.append(f"{len(self.embed)} of {self.source.embed} channels")
-        for axis, choices in self.widths.items():
-            sizes = sorted({len(chosen) for chosen in choices})
-            if any(len(c) < self.source.layers[at][axis] for at, c in zip(self.layers, choices, strict=True)):
+        before = [self.source.layers[layer] for layer in self.layers]
+        after = [self.sizes(at) for at in range(len(self.layers))]
+        for axis in self.widths:
+            if any(new.get(axis) != old.get(axis) for new, old in zip(after, before, strict=True)):
+                sizes = sorted({new[axis] for new in after if axis in new})
                 parts.append(f"{axis} {' or '.join(map(str, sizes))}")
         return ", ".join(parts) or "everything"
 
@@ -165,12 +187,13 @@ class PrunePlan:
 
 def whole_plan(config: ModelConfig) -> PrunePlan:
     """The plan that keeps everything as it is."""
-    shape = Shape.of(config)
     return PrunePlan(
-        source=shape,
-        layers=tuple(range(len(shape.layers))),
-        embed=tuple(range(shape.embed)),
-        widths={axis: tuple(tuple(range(layer[axis])) for layer in shape.layers) for axis in WIDTH_AXES},
+        source=Shape.of(config),
+        layers=tuple(range(len(config.layers))),
+        embed=tuple(range(config.embed)),
+        widths={
+            axis: tuple(tuple(range(layer.parts.get(axis, 0))) for layer in config.layers) for axis in config.width_axes
+        },
     )
 
 

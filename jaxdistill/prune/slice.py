@@ -15,7 +15,7 @@ import numpy as np
 from jaxdistill.models.schema import StackedSpec, leaf_at, locate, nested, param_shardings, stacked_schema
 from jaxdistill.prune.plan import Indices, PrunePlan
 from jaxdistill.sharding import Layout
-from jaxdistill.specs import WIDTH_AXES, ModelConfig
+from jaxdistill.specs import ModelConfig
 from jaxdistill.types import Params
 
 NormRepair = Literal["none", "exact"]
@@ -103,9 +103,14 @@ def _take_by_layer(
     for position, axis in enumerate(axes):
         if axis not in widths:
             continue
-        chosen = np.asarray([widths[axis][at] for at in kept])
-        everything = tuple(range(value.shape[position + 1]))
-        if any(widths[axis][at] != everything for at in kept):
+        chosen, size = np.asarray([widths[axis][at] for at in kept]), value.shape[position + 1]
+        if axis == "mlp" and "experts" in axes:
+            # Numbers of neurons among those of all experts become numbers within each kept one.
+            of_expert = chosen.reshape(*value.shape[:2], -1) % size
+            if of_expert.shape[-1] < size or np.any(of_expert != np.arange(size)):
+                take = jax.vmap(lambda expert, indices, p=position - 1: jnp.take(expert, indices, axis=p))
+                value = jax.vmap(take)(value, of_expert)
+        elif any(widths[axis][at] != tuple(range(size)) for at in kept):
             value = jax.vmap(lambda layer, indices, p=position: jnp.take(layer, indices, axis=p))(value, chosen)
     return value
 
@@ -113,7 +118,7 @@ def _take_by_layer(
 def _check_divisible(config: ModelConfig, smaller: ModelConfig, plan: PrunePlan, layout: Layout) -> None:
     sizes = [("embed", config.embed, smaller.embed)]
     for before, after in {(config.layers[i], layer) for i, layer in zip(plan.layers, smaller.layers, strict=True)}:
-        sizes += [(axis, before.widths[axis], after.widths[axis]) for axis in WIDTH_AXES]
+        sizes += [(axis, size, after.widths[axis]) for axis, size in before.widths.items()]
     for axis, before, after in sizes:
         parts = layout.split(axis)
         # Fewer key-value heads than parts are usual: every device holds them.

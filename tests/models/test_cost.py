@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from tiny import llama
+from tiny import llama, mixture
 
 from jaxdistill.models.cost import (
     Hardware,
@@ -15,6 +15,7 @@ from jaxdistill.models.cost import (
     latency_seconds,
     memory_bytes,
 )
+from jaxdistill.models.flops import product_parameters
 from jaxdistill.models.schema import count_parameters
 
 CONFIG = llama(layers=2, vocab=64)
@@ -46,6 +47,23 @@ def test_latency_where_bandwidth_is_the_bound():
     step = weights + 2 * 2 * 8 * 3 * 10 + 64 * 16
     expected = 2 * (prompt + 64 * 16 + 4 * step) / 1e6
     assert latency_seconds(CONFIG, WORKLOAD, machine) == pytest.approx(expected)
+
+
+def test_a_token_meets_the_experts_that_it_chooses():
+    config = mixture(experts=8, mlp=12)
+    expert, others = 3 * 16 * 12, ATTENTION + 16 + 16 * 8
+    assert count_parameters(config) == 2 * (others + 8 * expert) + 2 * 64 * 16 + 16
+    assert active_parameters(config) == 2 * (others + 2 * expert) + 2 * 64 * 16 + 16
+    kernels = others - 2 * 16  # without norms
+    assert product_parameters(config) == 2 * (kernels + 2 * expert) + 64 * 16
+    quick = Hardware(flops_per_second=1e30, bytes_per_second=1e6)
+    one_row = Workload(batch_size=1, prompt=1, answer=1, number_bytes=2)
+    cached = 2 * 2 * 2 * 4 * (0.5 + 1.5)
+    both_passes = 2 * (2 * (others + 2 * expert) + 64 * 16)  # one token each: two experts are read
+    assert latency_seconds(config, one_row, quick) == pytest.approx(2 * (both_passes + cached) / 1e6)
+    slow = Hardware(flops_per_second=1e6, bytes_per_second=1e30)
+    attended = 2 * 4 * 16 * (0.5 + 1.5)
+    assert latency_seconds(config, one_row, slow) == pytest.approx((2 * both_passes + attended) / 1e6)
 
 
 def test_less_of_anything_costs_no_more():

@@ -119,7 +119,7 @@ def test_files_that_are_no_plans_are_refused(tmp_path, change, message):
 
 def test_query_heads_of_another_group_are_refused():
     plan = whole_plan(CONFIG)
-    with pytest.raises(ValueError, match=r"query head i belongs to key-value head i // 2"):
+    with pytest.raises(ValueError, match=r"number i of the heads belongs to number i // 2 of the kv_heads"):
         dataclasses.replace(plan, widths={**plan.widths, "heads": ((0, 2, 1, 3),) * 3})
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from jaxdistill.models.schema import schema
-from jaxdistill.specs import LinearScaling, Llama3Scaling, ModelConfig, Rope
+from jaxdistill.specs import LinearScaling, Llama3Scaling, MixtureOfExperts, ModelConfig, Rope
 
 
 def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -31,14 +31,40 @@ def hidden(config: ModelConfig, parameters, tokens, positions, segment_ids, poin
         x = x + np.einsum("bthd,hde->bte", heads, layer["mixer.output.kernel"]) + layer.get("mixer.output.bias", 0)
         seen |= {"mixer_normed": normed, "heads": heads}
         normed = rms_norm(x, layer["ffn.norm.scale"], config.norm_epsilon)
-        gate = normed @ layer["ffn.gate.kernel"] + layer.get("ffn.gate.bias", 0)
-        up = normed @ layer["ffn.up.kernel"] + layer.get("ffn.up.bias", 0)
-        mlp = activation(spec.ffn.activation, gate) * up
-        x = x + mlp @ layer["ffn.down.kernel"] + layer.get("ffn.down.bias", 0)
-        seen |= {"ffn_normed": normed, "mlp": mlp, "output": x}
+        transformed, mlp_seen = (mixture if isinstance(spec.ffn, MixtureOfExperts) else gated_mlp)(
+            spec.ffn, layer, normed
+        )
+        x = x + transformed
+        seen |= {"ffn_normed": normed, **mlp_seen, "output": x}
         if points is not None:
             points.append(seen)
     return rms_norm(x, p["final_norm.scale"], config.norm_epsilon)
+
+
+def gated_mlp(spec, layer, normed):
+    gate = normed @ layer["ffn.gate.kernel"] + layer.get("ffn.gate.bias", 0)
+    up = normed @ layer["ffn.up.kernel"] + layer.get("ffn.up.bias", 0)
+    mlp = activation(spec.activation, gate) * up
+    return mlp @ layer["ffn.down.kernel"] + layer.get("ffn.down.bias", 0), {"mlp": mlp}
+
+
+def mixture(spec, layer, normed):
+    """Token by token: the experts of the largest shares, one after the other."""
+    batch, length, embed = normed.shape
+    choices = batch, length, spec.experts_per_token
+    chosen, neurons, added = np.zeros(choices, int), np.zeros((*choices, spec.mlp)), np.zeros((*choices, embed))
+    for place in np.ndindex(batch, length):
+        logits = normed[place] @ layer["ffn.router.kernel"] + layer.get("barred", 0)
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        best = np.argsort(-shares)[: spec.experts_per_token]
+        total = shares[best].sum() if spec.renormalize else 1.0
+        for at, expert in enumerate(best):
+            gate, up = (normed[place] @ layer[f"ffn.{name}.kernel"][expert] for name in ("gate", "up"))
+            neurons[place][at] = activation(spec.activation, gate) * up
+            added[place][at] = shares[expert] / total * (neurons[place][at] @ layer["ffn.down.kernel"][expert])
+            chosen[place][at] = expert
+    return added.sum(2), {"mlp": neurons, "chosen_experts": chosen, "experts": added}
 
 
 def rms_norm(x, scale, epsilon):
