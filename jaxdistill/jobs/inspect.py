@@ -12,6 +12,7 @@ from typing import Any
 from jaxdistill.checkpoint.model import describe, is_model
 from jaxdistill.checkpoint.run import RunCheckpoints
 from jaxdistill.formats.paths import local_path
+from jaxdistill.models.families.family import axis_sizes
 from jaxdistill.models.load import open_checkpoint
 from jaxdistill.models.schema import count_parameters, param_axes, schema
 from jaxdistill.partition import names
@@ -61,7 +62,11 @@ def _arrays_of(path: str) -> tuple[str, ModelConfig, list[Array]]:
         return "a jaxdistill checkpoint", description.config, arrays
     with open_checkpoint(path) as checkpoint:
         specs = schema(checkpoint.config)
-        axes = {stored.name: tuple(map(" x ".join, stored.axes)) for stored in map(checkpoint.stored, specs)}
+        axes = {
+            tensor.name: tuple(map(" x ".join, tensor.axes))
+            for name, spec in specs.items()
+            for tensor in checkpoint.stored(name).tensors(axis_sizes(spec.axes, spec.shape))
+        }
         arrays = []
         for name in checkpoint.source.names():
             info = checkpoint.source.info(name)

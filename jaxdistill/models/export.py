@@ -60,8 +60,9 @@ def write_hf(
     }
     infos = {}
     for name, spec in schema(config).items():
-        stored = family.hf_stored(name)
-        infos[stored.name] = TensorInfo(stored.shape(axis_sizes(spec.axes, spec.shape)), kind)
+        sizes = axis_sizes(spec.axes, spec.shape)
+        for tensor in family.hf_stored(name).tensors(sizes):
+            infos[tensor.name] = TensorInfo(tensor.shape(sizes), kind)
     with atomic_directory(directory, replace=replace) as folder:
         write_text(folder / CONFIG_NAME, _json(fields))
         if tokenizer is not None:
@@ -110,8 +111,11 @@ def _tensors(config: ModelConfig, params: Params, dtype: np.dtype) -> Iterator[t
             leaf = leaf[key]
         # A traced index: one program for all layers of a leaf.
         array = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-        stored = family.hf_stored(name)
-        yield stored.name, _cast(stored.name, to_stored(stored, spec.axes, np.asarray(array)), dtype)
+        stored, values = family.hf_stored(name), np.asarray(array)
+        tensors = stored.tensors(axis_sizes(spec.axes, spec.shape))
+        axes, parts = (spec.axes[1:], values) if stored.numbered else (spec.axes, [values])
+        for tensor, part in zip(tensors, parts, strict=True):
+            yield tensor.name, _cast(tensor.name, to_stored(tensor, axes, part), dtype)
 
 
 def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

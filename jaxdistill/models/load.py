@@ -92,8 +92,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
         )
     with open_gguf(where) as source:
         architecture = source.metadata.get("general.architecture")
-        by_architecture = {family.gguf_architecture: family for family in FAMILIES.values()}
+        by_architecture = {f.gguf_architecture: f for f in FAMILIES.values() if f.gguf_architecture}
         family = _known(f"{where}: general.architecture", architecture, by_architecture)
+        assert family.from_gguf is not None
         yield Checkpoint(family.from_gguf(source.metadata, source.names()), family, source, family.gguf_stored)
 
 
@@ -131,8 +132,9 @@ def read_params(checkpoint: Checkpoint, *, layout: Layout = Layout(), dtype: Any
     config = checkpoint.config
     specs = schema(config)
     stored = {name: checkpoint.stored(name) for name in specs}
-    _check_names(checkpoint, {s.name for s in stored.values()})
-    _check_tensors(checkpoint.source, specs, stored)
+    tensors = {name: stored[name].tensors(axis_sizes(spec.axes, spec.shape)) for name, spec in specs.items()}
+    _check_names(checkpoint, {tensor.name for each in tensors.values() for tensor in each})
+    _check_tensors(checkpoint.source, specs, tensors)
     shardings = param_shardings(config, layout)
     tree: Params = {}
     for path, members in _leaves(config).items():
@@ -183,6 +185,10 @@ def _read_part(source: TensorSource, stored: Stored, spec: ParamSpec, index: Ind
 
     Where an axis of the file is a product, whole entries of its first factor are read and the others cut afterwards.
     """
+    if stored.numbered:
+        each = dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:])
+        numbers = range(index[0].start, index[0].stop)
+        return np.stack([_read_part(source, stored.tensor(number), each, index[1:]) for number in numbers])
     full = axis_sizes(spec.axes, spec.shape)
     wanted = dict(zip(map(str, spec.axes), index, strict=True))
     sizes, in_file = dict(full), []
@@ -247,11 +253,10 @@ def _row_blocks(info: TensorInfo) -> Iterator[Index]:
         yield (slice(start, min(start + step, rows)), *(slice(0, size) for size in others))
 
 
-def _check_tensors(source: TensorSource, specs: Mapping[str, ParamSpec], stored: Mapping[str, Stored]) -> None:
+def _check_tensors(source: TensorSource, specs: Mapping[str, ParamSpec], tensors: Mapping[str, list[Stored]]) -> None:
     wrong = []
-    for name, spec in specs.items():
-        info, where = source.info(stored[name].name), stored[name]
-        expected = where.shape(axis_sizes(spec.axes, spec.shape))
+    for where, spec in ((where, spec) for name, spec in specs.items() for where in tensors[name]):
+        info, expected = source.info(where.name), where.shape(axis_sizes(spec.axes, spec.shape))
         if info.shape != expected:
             wrong.append(f"{where.name} has shape {info.shape}, the config expects {expected}")
         elif info.dtype not in FLOATING:

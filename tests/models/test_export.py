@@ -19,8 +19,13 @@ from jaxdistill.sharding import Layout, MeshConfig, make_mesh
 from jaxdistill.specs import GatedMLP
 from jaxdistill.tokenizers.base import SpecialTokens
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llama_tiny"
-DTYPES = {"tied_wide_heads": jnp.float32, "biases_linear": jnp.bfloat16, "llama3_rope": jnp.float32}
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_models"
+DTYPES = {
+    "tied_wide_heads": jnp.float32,
+    "biases_linear": jnp.bfloat16,
+    "llama3_rope": jnp.float32,
+    "mixture": jnp.float32,
+}
 
 
 def raw_tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:

@@ -9,13 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxdistill.models.cost import active_parameters
 from jaxdistill.models.families import FAMILIES
 from jaxdistill.models.families.family import ConfigError, Stored, from_stored, to_stored
 from jaxdistill.models.families.llama import LLAMA
-from jaxdistill.models.schema import schema
-from jaxdistill.specs import Attention, GatedMLP, LayerSpec, LinearScaling, Llama3Scaling, ModelConfig, Rope
+from jaxdistill.models.families.mixtral import MIXTRAL
+from jaxdistill.models.schema import count_parameters, schema
+from jaxdistill.specs import (
+    Attention,
+    GatedMLP,
+    LayerSpec,
+    LinearScaling,
+    Llama3Scaling,
+    MixtureOfExperts,
+    ModelConfig,
+    Rope,
+)
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llama_tiny"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_models"
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -299,5 +310,72 @@ def test_writing_a_tensor_undoes_reading_it(interleaved):
 
 
 def test_table_is_keyed_by_the_model_types_of_its_families():
-    assert FAMILIES == {"llama": LLAMA}
-    assert LLAMA.hf_architecture == "LlamaForCausalLM"
+    assert FAMILIES == {"llama": LLAMA, "mixtral": MIXTRAL}
+    assert (LLAMA.hf_architecture, MIXTRAL.hf_architecture) == ("LlamaForCausalLM", "MixtralForCausalLM")
+
+
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+"""The fields of a published model."""
+
+
+def test_a_published_mixtral():
+    config = MIXTRAL.from_hf(MIXTRAL_8X7B)
+    assert config.layers[0].ffn == MixtureOfExperts(experts=8, experts_per_token=2, mlp=14336)
+    assert (config.layers[0].mixer.rope, config.embed, len(config.layers)) == (Rope(theta=1e6), 4096, 32)
+    assert 46.70e9 < count_parameters(config) < 46.71e9  # as published: 46.7B, of which a token meets 12.9B
+    assert 12.87e9 < active_parameters(config) < 12.89e9
+    again = MIXTRAL.from_hf({**MIXTRAL.to_hf(config), "model_type": "mixtral"})
+    assert again == config
+
+
+def test_a_mixtral_without_its_fields_has_the_defaults_of_transformers():
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = MIXTRAL.from_hf({"model_type": "mixtral", **sizes, "num_attention_heads": 8})
+    assert config.layers[0].mixer == Attention(heads=8, kv_heads=8, head_dim=8, rope=Rope(theta=1e6))
+    assert (config.layers[0].ffn.experts, config.tied, config.norm_epsilon) == (8, False, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sliding_window": 4096}, {"router_jitter_noise": 0.1}, {"attention_bias": True}, {"mlp_bias": True}]
+)
+def test_what_a_mixtral_here_does_not_do_is_refused_by_name(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        MIXTRAL.from_hf(MIXTRAL_8X7B | change)
+
+
+def test_layers_of_the_other_kind_are_not_written():
+    mixture, llama = MIXTRAL.from_hf(MIXTRAL_8X7B), LLAMA.from_hf(SMOLLM2)
+    with pytest.raises(ConfigError, match="Llama's have one gated MLP"):
+        LLAMA.to_hf(mixture)
+    with pytest.raises(ConfigError, match="Mixtral's have"):
+        MIXTRAL.to_hf(llama)
+    spec = dataclasses.replace(mixture.layers[0].ffn, renormalize=False)
+    layer = dataclasses.replace(mixture.layers[0], ffn=spec)
+    with pytest.raises(ConfigError, match="renormalized"):
+        MIXTRAL.to_hf(dataclasses.replace(mixture, layers=(layer,)))

@@ -6,5 +6,6 @@ from collections.abc import Mapping
 
 from jaxdistill.models.families.family import Family
 from jaxdistill.models.families.llama import LLAMA
+from jaxdistill.models.families.mixtral import MIXTRAL
 
-FAMILIES: Mapping[str, Family] = {"llama": LLAMA}
+FAMILIES: Mapping[str, Family] = {"llama": LLAMA, "mixtral": MIXTRAL}

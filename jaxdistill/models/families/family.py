@@ -25,7 +25,8 @@ class Stored:
     axes: the file's axes in order, each the product of the axes of ours that it is made of: a query projection of
     Hugging Face, [heads·head_dim, embed], is (("heads", "head_dim"), ("embed",)). interleaved: an axis of ours whose
     two halves alternate in the file (llama.cpp keeps the two dimensions of one rotation next to each other); never the
-    first of its product.
+    first of its product. A name with "@" stands for several tensors, one for each number on the first axis (experts):
+    see `tensors`.
     """
 
     name: str
@@ -36,17 +37,30 @@ class Stored:
         """The shape in the file, from the size of each of our axes."""
         return tuple(math.prod(sizes[a] for a in group) for group in self.axes)
 
+    @property
+    def numbered(self) -> bool:
+        return "@" in self.name
+
+    def tensor(self, number: int) -> Stored:
+        """The tensor of one number on the first axis, which is ours as well; it lacks that axis."""
+        return dataclasses.replace(self, name=self.name.replace("@", str(number)), axes=self.axes[1:])
+
+    def tensors(self, sizes: Mapping[str, int]) -> list[Stored]:
+        """Every tensor of the file that this parameter is made of."""
+        return [self.tensor(i) for i in range(sizes[self.axes[0][0]])] if self.numbered else [self]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorNames:
     """One row of a family's table: the axes of the tensor in files ("heads*head_dim embed") and its names there.
 
-    `*` in a name stands for the layer's index. gguf_interleaved: see `Stored.interleaved`; GGUF files only.
+    `*` in a name stands for the layer's index, `@` for a number on the first axis that has tensors of its own.
+    gguf_interleaved: see `Stored.interleaved`; GGUF files only.
     """
 
     axes: str
     hf: str
-    gguf: str
+    gguf: str = ""
     gguf_interleaved: str | None = None
 
 
@@ -55,15 +69,16 @@ class Family:
     """One architecture: its configs in other formats and the table of its tensors.
 
     from_hf, to_hf: a Hugging Face config.json as a dict, and ours. to_hf raises ConfigError for what the architecture
-    cannot express. from_gguf: GGUF metadata and tensor names to our config. tensors: keyed by our per-layer name with
-    `*` for the layer's index. ignored: patterns of stored names that hold nothing that a config does not say.
+    cannot express. from_gguf: GGUF metadata and tensor names to our config; None where GGUF files are not read.
+    tensors: keyed by our per-layer name with `*` for the layer's index. ignored: patterns of stored names that hold
+    nothing that a config does not say.
     """
 
     hf_architecture: str
-    gguf_architecture: str
+    gguf_architecture: str | None
     from_hf: Callable[[Mapping[str, Any]], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
-    from_gguf: Callable[[Mapping[str, Any], Collection[str]], ModelConfig]
+    from_gguf: Callable[[Mapping[str, Any], Collection[str]], ModelConfig] | None
     tensors: Mapping[str, TensorNames]
     ignored: tuple[str, ...] = ()
 

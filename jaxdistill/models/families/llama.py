@@ -20,7 +20,7 @@ from jaxdistill.models.families.family import (
 )
 from jaxdistill.models.families.gguf_common import config_from_gguf
 from jaxdistill.models.families.hf_common import HARMLESS, REQUIRED, rope_from_hf, rope_to_hf
-from jaxdistill.specs import Activation, Attention, GatedMLP, LayerSpec, ModelConfig
+from jaxdistill.specs import FFN, Activation, Attention, GatedMLP, LayerSpec, ModelConfig
 
 HF_DEFAULTS = {
     "hidden_act": "silu",
@@ -30,8 +30,14 @@ HF_DEFAULTS = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-HF_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+WHAT = "config.json"
+HF_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 HF_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
+HANDLED = {
+    *("model_type", "intermediate_size", "num_key_value_heads", "head_dim"),
+    *(*HF_SIZES, *HF_ROPE, *HARMLESS),
+}
+"""Fields that every family of Llama's kind reads, or may ignore."""
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -46,15 +52,30 @@ HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tan
 
 def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     """Our config from a config.json of either layout. Raises ConfigError naming every field that it cannot honour."""
-    what = "config.json"
-    handled = {"model_type", "num_key_value_heads", "head_dim", *HF_DEFAULTS, *HF_SIZES, *HF_ROPE, *HARMLESS}
-    check_fields(what, fields, handled=handled, required=REQUIRED)
+    check_fields(WHAT, fields, handled=HANDLED | HF_DEFAULTS.keys(), required=REQUIRED)
     fields = with_defaults(fields, HF_DEFAULTS)
-    vocab, embed, mlp, depth, heads = (required_field(what, fields, name, int) for name in HF_SIZES)
-    derived = {"num_key_value_heads": heads, "head_dim": embed // heads}
-    fields = with_defaults(fields, derived)
+    ffn = GatedMLP(
+        mlp=required_field(WHAT, fields, "intermediate_size", int),
+        activation=activation_from_hf(fields),
+        bias=required_field(WHAT, fields, "mlp_bias", bool),
+    )
+    return decoder_from_hf("llama", fields, ffn)
+
+
+def activation_from_hf(fields: Mapping[str, Any]) -> Activation:
     if fields["hidden_act"] not in ACTIVATIONS:
-        raise ConfigError(f"{what} has hidden_act = {fields['hidden_act']!r}; allowed are {', '.join(ACTIVATIONS)}.")
+        raise ConfigError(f"{WHAT} has hidden_act = {fields['hidden_act']!r}; allowed are {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[fields["hidden_act"]]
+
+
+def decoder_from_hf(family: str, fields: Mapping[str, Any], ffn: FFN) -> ModelConfig:
+    """A decoder of Llama's kind with this feed-forward network in every layer, from the fields that describe the rest.
+
+    Defaults that depend on no other field are already there.
+    """
+    what = WHAT
+    vocab, embed, depth, heads = (required_field(what, fields, name, int) for name in HF_SIZES)
+    fields = with_defaults(fields, {"num_key_value_heads": heads, "head_dim": embed // heads})
     bias = required_field(what, fields, "attention_bias", bool)
     mixer = Attention(
         heads=heads,
@@ -64,10 +85,8 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         output_bias=bias,
         rope=rope_from_hf(fields),
     )
-    mlp_bias = required_field(what, fields, "mlp_bias", bool)
-    ffn = GatedMLP(mlp=mlp, activation=ACTIVATIONS[fields["hidden_act"]], bias=mlp_bias)
     return ModelConfig(
-        family="llama",
+        family=family,
         vocab=vocab,
         embed=embed,
         layers=(LayerSpec(mixer=mixer, ffn=ffn),) * depth,
@@ -79,8 +98,21 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike. Raises ConfigError for what Llama cannot be."""
-    layer = config.layers[0]
-    mixer, ffn = layer.mixer, layer.ffn
+    ffn = config.layers[0].ffn
+    if not isinstance(ffn, GatedMLP):
+        raise ConfigError(f"the layers have {ffn}, and Llama's have one gated MLP. Give the model the family mixtral.")
+    return {
+        **decoder_to_hf(config),
+        "attention_bias": config.layers[0].mixer.bias,
+        "hidden_act": HF_ACTIVATIONS[ffn.activation],
+        "intermediate_size": ffn.mlp,
+        "mlp_bias": ffn.bias,
+    }
+
+
+def decoder_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The fields of all but the feed-forward network and the attention's bias, alike in families of this kind."""
+    mixer = config.layers[0].mixer
     if mixer.bias != mixer.output_bias:
         raise ConfigError(
             f"the attention has bias = {mixer.bias} and output_bias = {mixer.output_bias}; a Llama config.json has one "
@@ -92,14 +124,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
             "first is a multiple of the second. Choose such sizes when pruning."
         )
     return {
-        "attention_bias": mixer.bias,
         "attention_dropout": 0.0,
         "head_dim": mixer.head_dim,
-        "hidden_act": HF_ACTIVATIONS[ffn.activation],
         "hidden_size": config.embed,
-        "intermediate_size": ffn.mlp,
         "max_position_embeddings": config.max_length,
-        "mlp_bias": ffn.bias,
         "num_attention_heads": mixer.heads,
         "num_hidden_layers": len(config.layers),
         "num_key_value_heads": mixer.kv_heads,

@@ -1,8 +1,9 @@
-"""Makes the tiny random Llama models in `llama_tiny/` and their scores in `llama_tiny.npz`, with transformers.
+"""Makes the tiny random models in `tiny_models/` and their scores in `tiny_models.npz`, with transformers.
 
-    python tests/golden/make_llama_tiny.py
+    python tests/golden/make_tiny_models.py
 
-Made with transformers 5.23.0 and torch 2.13.0 on a CPU. Each model exercises other parts of the family: see `MODELS`.
+Made with transformers 5.23.0 (the mixture: 5.24.0) and torch 2.13.0 on a CPU. Each model exercises other parts of its
+family: see `MODELS`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 HERE = Path(__file__).resolve().parent
 VOCAB, LENGTHS = 48, (24, 17)
@@ -26,6 +27,8 @@ class Model:
     config: dict[str, Any]
     dtype: torch.dtype = torch.float32
     shard: str = "1GB"
+    mixture: bool = False
+    """Of the family mixtral, not llama."""
     old_layout: bool = False
     """config.json as transformers 4 wrote it."""
 
@@ -77,10 +80,24 @@ MODELS = {
             },
         }
     ),
+    # Five experts, three for each token, in several files.
+    "mixture": Model(
+        {
+            **SHAPE,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        shard="20KB",
+        mixture=True,
+    ),
 }
 
 
-def randomise(model: LlamaForCausalLM) -> None:
+def randomise(model: PreTrainedModel) -> None:
     """Weights large enough that attention is not uniform and scores differ by several nats."""
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
@@ -91,7 +108,7 @@ def randomise(model: LlamaForCausalLM) -> None:
         elif "embed_tokens" in name or "lm_head" in name:
             parameter.data = 0.5 * noise
         else:
-            parameter.data = noise * parameter.shape[1] ** -0.5
+            parameter.data = noise * parameter.shape[-1] ** -0.5
     model.tie_weights()
 
 
@@ -108,13 +125,14 @@ def use_old_layout(file: Path) -> None:
 
 def main() -> None:
     arrays: dict[str, np.ndarray] = {}
-    shutil.rmtree(HERE / "llama_tiny", ignore_errors=True)
+    shutil.rmtree(HERE / "tiny_models", ignore_errors=True)
     for seed, (name, spec) in enumerate(MODELS.items()):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**spec.config, attn_implementation="eager")).eval()
+        of_config, of_model = (MixtralConfig, MixtralForCausalLM) if spec.mixture else (LlamaConfig, LlamaForCausalLM)
+        model = of_model(of_config(**spec.config, attn_implementation="eager")).eval()
         randomise(model)
         model = model.to(spec.dtype)
-        folder = HERE / "llama_tiny" / name
+        folder = HERE / "tiny_models" / name
         model.save_pretrained(folder, max_shard_size=spec.shard)
         (folder / "generation_config.json").unlink(missing_ok=True)
         if spec.old_layout:
@@ -122,14 +140,14 @@ def main() -> None:
         tokens = torch.randint(VOCAB, (len(LENGTHS), max(LENGTHS)))
         mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
         # Read anew: casting the model to bfloat16 has also rounded its rotary frequencies.
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        model = of_model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         with torch.no_grad():
             scores = model(tokens, attention_mask=mask.long()).logits
         arrays[f"{name}.tokens"] = tokens.numpy().astype(np.int32)
         arrays[f"{name}.mask"] = mask.numpy().astype(np.int32)
         arrays[f"{name}.scores"] = scores.numpy()
         print(name, "largest score", scores.abs().max().item())
-    np.savez_compressed(HERE / "llama_tiny.npz", **arrays)
+    np.savez_compressed(HERE / "tiny_models.npz", **arrays)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our Llama against transformers' own, live: weights, scores, generation, and directories that we write."""
+"""Our models against transformers' own, live: weights, scores, generation, and directories that we write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxdistill.tokenizers.load import load_tokenizer
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MODELS = ("tied_wide_heads", "biases_linear", "llama3_rope")
+MODELS = ("tied_wide_heads", "biases_linear", "llama3_rope", "mixture")
 KEPT = (0, 1, 2, 3, 5, 8, 13, 21, 28, 29)
 
 
@@ -106,20 +106,30 @@ def tiny_rows() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_committed_scores_are_still_those_of_transformers(name):
-    with np.load(GOLDEN / "llama_tiny.npz") as arrays:
+    with np.load(GOLDEN / "tiny_models.npz") as arrays:
         tokens, mask, expected = (arrays[f"{name}.{part}"] for part in ("tokens", "mask", "scores"))
-    found = hf_scores(hf_model(GOLDEN / "llama_tiny" / name), tokens, mask)
+    found = hf_scores(hf_model(GOLDEN / "tiny_models" / name), tokens, mask)
     np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tiny_models_score_alike_also_after_being_written(name, tmp_path):
-    config, params = read_model(GOLDEN / "llama_tiny" / name)
+    config, params = read_model(GOLDEN / "tiny_models" / name)
     tokens, mask = tiny_rows()
-    original = hf_scores(hf_model(GOLDEN / "llama_tiny" / name), tokens, mask)
+    original = hf_scores(hf_model(GOLDEN / "tiny_models" / name), tokens, mask)
     np.testing.assert_allclose(our_scores(config, params, tokens, mask)[mask == 1], original[mask == 1], atol=1e-4)
     write_hf(tmp_path / "out", config, params, dtype="float32")
     np.testing.assert_array_equal(hf_scores(hf_model(tmp_path / "out"), tokens, mask), original)
+
+
+def test_a_mixture_cut_in_all_axes_loads_in_transformers(tmp_path):
+    config, params = read_model(GOLDEN / "tiny_models" / "mixture")
+    target = Target(layers=1, embed=12, mlp=10, experts=3)
+    config, params = prune_model(config, params, choose(config, random_importance(config, 0), target))
+    write_hf(tmp_path / "out", config, params, dtype="float32")
+    tokens, mask = tiny_rows()
+    expected = hf_scores(hf_model(tmp_path / "out"), tokens, mask)
+    np.testing.assert_allclose(our_scores(config, params, tokens, mask)[mask == 1], expected[mask == 1], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -127,7 +137,7 @@ def test_tiny_models_score_alike_also_after_being_written(name, tmp_path):
 def test_written_config_is_the_same_to_transformers(name, layout, tmp_path):
     from transformers import AutoConfig
 
-    config, params = read_model(GOLDEN / "llama_tiny" / name)
+    config, params = read_model(GOLDEN / "tiny_models" / name)
     write_hf(tmp_path / "out", config, params, dtype="float32")
     file = tmp_path / "out" / "config.json"
     fields = json.loads(file.read_text())
@@ -137,8 +147,10 @@ def test_written_config_is_the_same_to_transformers(name, layout, tmp_path):
     unrelated = {"_name_or_path", "bos_token_id", "eos_token_id", "dtype", "transformers_version"}
     found, expected = (
         {k: v for k, v in AutoConfig.from_pretrained(folder).to_dict().items() if k not in unrelated}
-        for folder in (tmp_path / "out", GOLDEN / "llama_tiny" / name)
+        for folder in (tmp_path / "out", GOLDEN / "tiny_models" / name)
     )
+    if expected["head_dim"] is None:  # Mixtral's way to say hidden_size / heads
+        expected["head_dim"] = expected["hidden_size"] // expected["num_attention_heads"]
     for rope in (found["rope_parameters"], expected["rope_parameters"]):
         rope.pop("type", None)
     assert found == expected
