@@ -124,7 +124,7 @@ def test_tiny_models_score_alike_also_after_being_written(name, tmp_path):
 
 def test_a_mixture_cut_in_all_axes_loads_in_transformers(tmp_path):
     config, params = read_model(GOLDEN / "tiny_models" / "mixture")
-    target = Target(layers=1, embed=12, mlp=10, experts=3)
+    target = Target(layers=1, embed=12, mlp=12, experts=3)
     config, params = prune_model(config, params, choose(config, random_importance(config, 0), target))
     write_hf(tmp_path / "out", config, params, dtype="float32")
     tokens, mask = tiny_rows()
