@@ -428,18 +428,26 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(results: Path, part: Part) -> str:
-    """Markdown: one line for each way, means and standard deviations over seeds."""
-    lines = [
+    """Markdown: KL by target and way before training; after it a line for each way. Means, and standard deviations."""
+    found = rows_of(results, benches_of(part))
+    before = before_rows(found)
+    lines = [f"| KL before training | {' | '.join(before)} |", f"|---|{'---|' * len(before)}"]
+    for way in BEFORE:
+        cells = [spread([row["start"]["kl_nats"] for row in ways[way]]) for ways in before.values() if way in ways]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    lines += [
+        "",
         "| | seeds | rate | tokens | KL before | KL after | cross-entropy after |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (bench, way), rows in rows_of(results, benches_of(part)).items():
-        numbers = [
-            spread([row[when][key] for row in rows])
-            for when, key in (("start", "kl_nats"), ("end", "kl_nats"), ("end", "cross_entropy_nats"))
-        ]
-        rate = f"{rows[0]['rate']:g}" if rows[0]["rate"] else ""
-        lines.append(f"| {' | '.join([f'{bench}: {way}', str(len(rows)), rate, str(rows[0]['tokens']), *numbers])} |")
+    for (_, way), rows in found.items():
+        if not way.startswith("before"):
+            numbers = [
+                spread([row[when][key] for row in rows])
+                for when, key in (("start", "kl_nats"), ("end", "kl_nats"), ("end", "cross_entropy_nats"))
+            ]
+            settings = [str(len(rows)), f"{rows[0]['rate']:g}", f"{rows[0]['tokens']:,}"]
+            lines.append(f"| {' | '.join([way, *settings, *numbers])} |")
     return "\n".join(lines)
 
 
