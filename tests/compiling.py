@@ -1,24 +1,16 @@
-"""Compiling less than usual, for tests in which compiling is the cost; and reading what was compiled."""
+"""How programs of tests are compiled, and reading what was compiled."""
 
 from __future__ import annotations
 
-import contextlib
+import os
 import re
-from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 
-@contextlib.contextmanager
-def unoptimised() -> Iterator[None]:
-    """Programs made meanwhile are compiled without most optimisations: for those that run a step or two."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+def flags_for_one_device() -> str:
+    """XLA_FLAGS for a process of a test that shall have one device."""
+    return re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from compiling import unoptimised
+from compiling import flags_for_one_device
 from test_layers import FLOORS
 from tiny import llama
 
@@ -71,8 +71,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("docs")
     tokenizer = ByteTokenizer()
     model = llama(vocab=tokenizer.vocab_size, layers=4)
-    with unoptimised():
-        params = init_params(model, jax.random.key(0))
+    params = init_params(model, jax.random.key(0))
     teacher = write_hf(directory / "teacher", model, params, dtype="float32", tokenizer=tokenizer)
     text = directory / "text.txt"
     text.write_text("\n\n".join(f"{n} bottles of milk and {n + 1} loaves of bread" for n in range(100)))
@@ -101,8 +100,7 @@ def test_a_run_from_python(places, tmp_path):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAXDISTILL_CACHE": str(tmp_path / "cache"),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": flags_for_one_device(),
     }
     done = subprocess.run(
         [sys.executable, file], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
@@ -116,8 +114,7 @@ def test_a_run_from_python(places, tmp_path):
 
 def test_a_step_of_pure_functions(places):
     names: dict = {}
-    with unoptimised():
-        exec(compile(made_small(programs()[1], places), "docs/api.md", "exec"), names)
+    exec(compile(made_small(programs()[1], places), "docs/api.md", "exec"), names)
     names["loader"].close()
     assert int(names["state"].step) == 1
     assert float(names["metrics"]["terms"]["kl"].value) > 0
@@ -127,8 +124,7 @@ def test_a_step_of_pure_functions(places):
 def test_pruning_from_python(places, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    with unoptimised():
-        exec(compile(made_small(programs()[2], places), "docs/api.md", "exec"), names)
+    exec(compile(made_small(programs()[2], places), "docs/api.md", "exec"), names)
     shape = open_config(tmp_path / "pruned")
     assert [layer.ffn.mlp for layer in shape.layers] == [24] * 3
     assert PrunePlan.load(tmp_path / "plan.json").layers == names["plan"].layers

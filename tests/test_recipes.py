@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import pytest
-from compiling import unoptimised
 
 from jaxdistill.checkpoint.open import open_config
 from jaxdistill.models.export import write_hf
@@ -130,7 +129,9 @@ def shrink(
     elif layers is not None:
         depth = max(layers) + 1
         layers = tuple(sorted({kept * TEACHER_LAYERS // depth for kept in layers}))
-    student = dataclasses.replace(student, prune=Target(layers=layers, mlp=mlp and TEACHER_MLP // 2))
+    student = dataclasses.replace(
+        student, prune=Target(layers=layers, mlp=mlp and TEACHER_MLP // 2), calibration_batches=2
+    )
     data = dataclasses.replace(
         data,
         path=small.conversations if conversations else small.text,
@@ -156,9 +157,8 @@ def shrink(
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Iterator[Small]:
-    with unoptimised():
-        yield write_small(tmp_path_factory.mktemp("small"))
+def small(tmp_path_factory) -> Small:
+    return write_small(tmp_path_factory.mktemp("small"))
 
 
 # Tests.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import llama
 from train.train_cases import Files, poisoned
-from train.train_cases import run as train_stopped
+from train.train_cases import run as on_one_device
 
 from jaxdistill import search as search_module
 from jaxdistill.losses.hidden import HiddenMatch
@@ -20,7 +20,7 @@ from jaxdistill.prune.choose import Target
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.report.charts import front_chart
 from jaxdistill.report.search import Candidate, pareto_front, search_table
-from jaxdistill.search import Budget, Grid, feasible, search
+from jaxdistill.search import Budget, Grid, SearchConfig, feasible, search
 from jaxdistill.train.config import StudentConfig
 
 SMOLLM2 = llama(vocab=49152, embed=576, layers=30, heads=9, kv_heads=3, mlp=1536)
@@ -30,6 +30,10 @@ LLAMA8B = llama(vocab=128256, embed=4096, layers=32, heads=32, kv_heads=8, mlp=1
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return Files(tmp_path_factory.mktemp("search")).write()
+
+
+def searched(config: SearchConfig) -> list[Candidate]:
+    return on_one_device(config, job=search)
 
 
 def test_default_sizes_are_those_that_can_be_written():
@@ -112,13 +116,13 @@ def test_a_search_ranks_draws_and_goes_on_after_a_signal(files, tmp_path, monkey
 
     def stopped_in_the_second(run):
         runs.append(Path(run.out).name)
-        return train_stopped(run, stop_after=1) if len(runs) == 2 else plain(run)
+        return on_one_device(run, stop_after=1) if len(runs) == 2 else plain(run)
 
     monkeypatch.setattr(search_module, "train", stopped_in_the_second)
-    assert len(search(given)) == 1
+    assert len(searched(given)) == 1
     assert "2 still to be tried" in (tmp_path / "search.html").read_text()
     assert "the same command goes on" in capsys.readouterr().err
-    ranked = search(dataclasses.replace(given, train=dataclasses.replace(given.train, export_dtype="bfloat16")))
+    ranked = searched(dataclasses.replace(given, train=dataclasses.replace(given.train, export_dtype="bfloat16")))
     assert runs.count(runs[0]) == 1, "the first candidate was not trained again"
     assert runs.count(runs[1]) == 2
     assert [row.after for row in ranked] == sorted(row.after for row in ranked)
@@ -132,17 +136,17 @@ def test_a_search_ranks_draws_and_goes_on_after_a_signal(files, tmp_path, monkey
     assert "rank before" in printed
     assert str(tmp_path / "search.html") in printed
     with pytest.raises(ValueError, match="1 fields differ"):
-        search(dataclasses.replace(given, budget=Budget(parameters=0.8)))
+        searched(dataclasses.replace(given, budget=Budget(parameters=0.8)))
 
 
 def test_a_candidate_that_diverges_is_ranked_last_and_not_tried_again(files, tmp_path, monkeypatch):
     given = files.searching(tmp_path, candidates=2)
     run = dataclasses.replace(given.train, losses=poisoned(1, 2), stop_after_skipped=1)
     given = dataclasses.replace(given, train=run)
-    first = search(given)
+    first = searched(given)
     assert [row.after for row in first] == [math.inf, math.inf]
     monkeypatch.setattr(search_module, "train", None)
-    assert search(given) == first
+    assert searched(given) == first
     assert "diverged" in (tmp_path / "search.html").read_text()
 
 
@@ -150,8 +154,8 @@ def test_a_first_attempt_that_measured_nothing_locks_nothing(files, tmp_path):
     given = files.searching(tmp_path, candidates=1)
     wrong = dataclasses.replace(given.train, data=dataclasses.replace(given.train.data, path="nowhere.jsonl"))
     with pytest.raises(Exception, match="nowhere"):
-        search(dataclasses.replace(given, train=wrong))
-    assert len(search(given)) == 1
+        searched(dataclasses.replace(given, train=wrong))
+    assert len(searched(given)) == 1
 
 
 def test_heads_that_no_group_divides_are_left_out():

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiling import flags_for_one_device
 from train_cases import STEPS, checkpoints, held_out_of, run, saved, steps_of
 
 from jaxdistill.checkpoint.open import open_model
@@ -31,8 +31,7 @@ def two_processes(files, out, *, job="train", lines=0):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    one_device = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-    environment = os.environ | {"XLA_FLAGS": one_device}
+    environment = os.environ | {"XLA_FLAGS": flags_for_one_device()}
     children = []
     for rank in range(2):
         with (out.parent / f"{rank}.log").open("w") as log:
