@@ -107,14 +107,8 @@ class LayerSpec:
 
     @property
     def parts(self) -> dict[str, int]:
-        """How many parts each of those axes has to choose among: as `widths`, but the neurons of all experts, of
-        which each expert keeps its own."""
-        return {axis: size * (self.experts if axis == "mlp" else 1) for axis, size in self.widths.items()}
-
-    @property
-    def experts(self) -> int:
-        """How many feed-forward networks the layer has; 1 where there is no choice."""
-        return self.widths.get("experts", 1)
+        """How many parts each of those axes has to choose among, see `parts_of`."""
+        return parts_of(self.widths)
 
     def with_widths(self, widths: Mapping[str, int]) -> LayerSpec:
         """This layer with other sizes of those axes."""
@@ -124,6 +118,11 @@ class LayerSpec:
             return dataclasses.replace(part, **{name: size for name, size in widths.items() if name in names})
 
         return dataclasses.replace(self, mixer=resized(self.mixer), ffn=resized(self.ffn))
+
+
+def parts_of(widths: Mapping[str, int]) -> dict[str, int]:
+    """As the widths of a layer, but the neurons of all experts together, of which each expert keeps its own."""
+    return dict(widths) | ({"mlp": widths["mlp"] * widths.get("experts", 1)} if "mlp" in widths else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 _ABSENT = "absent"
+_NOTHING = (None, [])
+"""What a field that is not there may be now: fields that are added later leave things as they were at these values."""
 
 
 def check_compatible(
@@ -23,6 +25,7 @@ def check_compatible(
         name
         for name in {**before, **now}
         if before.get(name, _ABSENT) != now.get(name, _ABSENT)
+        and not (name not in before and now[name] in _NOTHING)
         and not any(name == allowed or name.startswith(f"{allowed}.") for allowed in may_change)
     ]
     if differing:

@@ -26,17 +26,17 @@ from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig, Rope
 from jaxdistill.types import Head, Outputs, Params, Tap
 
 TAP_POINTS = ("input", "mixer_normed", "query", "key", "value", "heads", "ffn_normed", "mlp", "output")
-MIXTURE_TAP_POINTS = ("chosen_experts", "experts")
 """Activations of a block that a `Tap` may read, in the order in which they arise.
 
 "input", "output": the residual stream [batch, length, embed]. "mixer_normed", "ffn_normed": after the pre-norms.
 "query", "key": after rotation, and "value": [batch, length, heads or kv_heads, head_dim]. "heads": what the output
-projection reads, [batch, length, heads, head_dim]. "mlp": what the down projection reads, [batch, length, mlp].
-
-Layers with a mixture of experts have "mlp" for each choice of a token, [batch, length, choices, mlp], and two more
-points: "chosen_experts", their indices [batch, length, choices], and "experts", what each of them adds to the stream,
-[batch, length, choices, embed].
+projection reads, [batch, length, heads, head_dim]. "mlp": what the down projection reads, [batch, length, mlp]; in a
+mixture of experts for each choice of a token, [batch, length, choices, mlp].
 """
+
+MIXTURE_TAP_POINTS = ("chosen_experts", "experts")
+"""What only layers with a mixture have besides. "chosen_experts": their indices, [batch, length, choices]. "experts":
+what each of them adds to the stream, [batch, length, choices, embed]."""
 
 GATE_POINTS = ("mixer_normed", "heads", "ffn_normed", "mlp", "experts", "layer")
 """Where a layer's parts may be multiplied by factors; "layer" is all that it adds to the residual stream. In a mixture
@@ -283,11 +283,11 @@ def _rematerialised(body: Any, remat: Remat) -> Any:
         case "none":
             return body
         case "dots":
-            # Products without batch dimensions are those with parameters. Keeping what attention returns as well
-            # leaves only its weights to redo, which outweigh all else that is kept.
+            # Products without batch dimensions are those with parameters; those of experts have a name. Keeping what
+            # attention returns as well leaves only its weights to redo, which outweigh all else that is kept.
             policies = jax.checkpoint_policies
             policy = policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("heads")
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("heads", "expert_products")
             )
             return jax.checkpoint(body, policy=policy, prevent_cse=False)
         case "block":

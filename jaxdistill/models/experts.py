@@ -12,12 +12,29 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.sharding import Layout, names_of
 
 Kernels = Mapping[str, Array]
 """gate, up [experts, embed, mlp]; down [experts, mlp, embed]."""
+
+
+def choose_experts(
+    shares: Float[Array, "batch length experts"], count: int, *, layout: Layout
+) -> tuple[Float[Array, "batch length choices"], Int[Array, "batch length choices"]]:
+    """The largest shares of each token and whose they are. Every device looks at its own rows: left to the compiler,
+    the shares of the whole batch would be gathered on all of them."""
+
+    def choose(shares: Array) -> tuple[Array, Array]:
+        largest, of = jax.lax.top_k(shares, count)
+        return largest, of
+
+    if layout.mesh is None:
+        return choose(shares)
+    place = layout.spec(("batch", "length", None), shares.shape)
+    return jax.shard_map(choose, mesh=layout.mesh, in_specs=place, out_specs=(place, place))(shares)
 
 
 def run_experts(
@@ -91,13 +108,16 @@ def _run_locally(
     sizes = (expert[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
     token = order // choices
 
+    here = mine[order][:, None]
+
     def product(rows: Array, kernel: Array) -> Array:
-        return jax.lax.ragged_dot(rows, kernel, sizes)
+        # Of rows in no group nothing is promised, nor of their gradients: both are made 0.
+        found = jax.lax.ragged_dot(jnp.where(here, rows, 0), kernel, sizes)
+        return checkpoint_name(jnp.where(here, found, 0), "expert_products")
 
     def by_choice(sorted_rows: Array) -> Array:
         """Back in the order of tokens; 0 for the choices that are not this device's."""
-        rows = jnp.where(mine[order][:, None], sorted_rows, 0)[jnp.argsort(order)]
-        return rows.reshape(*chosen.shape, -1)
+        return sorted_rows[jnp.argsort(order)].reshape(*chosen.shape, -1)
 
     # The same tokens for all experts: their gradient is a sum over the devices that hold experts or neurons.
     rows = jax.lax.pcast(x, every, to="varying").reshape(-1, x.shape[-1])[token]

@@ -111,11 +111,12 @@ def _tensors(config: ModelConfig, params: Params, dtype: np.dtype) -> Iterator[t
             leaf = leaf[key]
         # A traced index: one program for all layers of a leaf.
         array = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-        stored, values = family.hf_stored(name), np.asarray(array)
-        tensors = stored.tensors(axis_sizes(spec.axes, spec.shape))
-        axes, parts = (spec.axes[1:], values) if stored.numbered else (spec.axes, [values])
-        for tensor, part in zip(tensors, parts, strict=True):
-            yield tensor.name, _cast(tensor.name, to_stored(tensor, axes, part), dtype)
+        stored = family.hf_stored(name)
+        for number, tensor in enumerate(stored.tensors(axis_sizes(spec.axes, spec.shape))):
+            part, axes = array, spec.axes
+            if stored.numbered:
+                part, axes = jax.lax.dynamic_index_in_dim(array, number, keepdims=False), axes[1:]
+            yield tensor.name, _cast(tensor.name, to_stored(tensor, axes, np.asarray(part)), dtype)
 
 
 def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

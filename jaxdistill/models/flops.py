@@ -18,7 +18,7 @@ def product_parameters(config: ModelConfig) -> float:
 
 def chosen_share(spec: LayerSpec) -> float:
     """The share of a layer's experts that one token chooses."""
-    return spec.ffn.experts_per_token / spec.experts if isinstance(spec.ffn, MixtureOfExperts) else 1.0
+    return spec.ffn.experts_per_token / spec.ffn.experts if isinstance(spec.ffn, MixtureOfExperts) else 1.0
 
 
 def _products(config: ModelConfig, name: str) -> float:

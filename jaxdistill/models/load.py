@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -187,8 +188,12 @@ def _read_part(source: TensorSource, stored: Stored, spec: ParamSpec, index: Ind
     """
     if stored.numbered:
         each = dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:])
-        numbers = range(index[0].start, index[0].stop)
-        return np.stack([_read_part(source, stored.tensor(number), each, index[1:]) for number in numbers])
+        parts = (_read_part(source, stored.tensor(i), each, index[1:]) for i in range(index[0].start, index[0].stop))
+        first = next(parts)
+        whole = np.empty((_length(index[0]), *first.shape), first.dtype)
+        for place, part in zip(whole, itertools.chain([first], parts), strict=True):
+            place[...] = part
+        return whole
     full = axis_sizes(spec.axes, spec.shape)
     wanted = dict(zip(map(str, spec.axes), index, strict=True))
     sizes, in_file = dict(full), []

@@ -17,7 +17,7 @@ from jax.nn.initializers import Initializer, normal, ones, zeros
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.attention import RopeTable, rotate
-from jaxdistill.models.experts import run_experts
+from jaxdistill.models.experts import choose_experts, run_experts
 from jaxdistill.sharding import Axes, Layout
 from jaxdistill.specs import Activation, Attention, GatedMLP, LayerSpec, MixtureOfExperts, ModelConfig, Rope
 
@@ -183,7 +183,9 @@ class MixtureFFN(nnx.Module):
         spec, layout = self.spec, context.layout
         normed = context.gated("ffn_normed", self.norm(x, context.dtype))
         logits = layout.constrain(self.router(normed, context), ("batch", "length", None))
-        shares, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), spec.experts_per_token)
+        shares, chosen = choose_experts(
+            jax.nn.softmax(logits.astype(jnp.float32)), spec.experts_per_token, layout=layout
+        )
         if spec.renormalize:
             shares = shares / shares.sum(-1, keepdims=True)
         factors = context.gates.get("mlp")

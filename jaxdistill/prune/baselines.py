@@ -43,7 +43,7 @@ def even_importance(config: ModelConfig, target: Target) -> Importance:
         wanted = getattr(target, axis)
         if isinstance(wanted, tuple):
             raise ValueError(f"{axis} is {wanted}; equal distances are made for one size that all layers have.")
-        groups = config.layers[layer].experts if layer is not None and axis == "mlp" else 1
+        groups = config.layers[layer].widths.get("experts", 1) if layer is not None and axis == "mlp" else 1
         size //= groups
         keep = size if wanted is None else wanted
         chosen = np.round(np.linspace(0, size - 1, min(keep, size))).astype(int)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,20 @@ class Target:
 
         Raises ValueError for sizes that the model does not have.
         """
-        return choose(config, equal_importance(config), self).resize(config)
+        layers = _layers(np.zeros(len(config.layers)), self)
+        whole = dataclasses.replace(self, layers=None)
+
+        @functools.cache
+        def resized(spec: LayerSpec, mlp: int) -> ModelConfig:
+            # Layers of one kind are cut alike: one of them tells all.
+            one = dataclasses.replace(config, layers=(spec,))
+            target = dataclasses.replace(whole, mlp=mlp, experts=self.experts if "experts" in spec.widths else None)
+            return choose(one, equal_importance(one), target).resize(one)
+
+        _check_experts(config, self)
+        sizes = _mlp_sizes(config, self, layers)
+        cut = [resized(config.layers[layer], mlp) for layer, mlp in zip(layers, sizes, strict=True)]
+        return dataclasses.replace(cut[0], layers=tuple(one.layers[0] for one in cut))
 
 
 def equal_importance(config: ModelConfig) -> Importance:
@@ -70,7 +84,8 @@ def choose(
     sizes that the model does not have.
     """
     _check_scores(config, scores)
-    layers = _layers(scores, target)
+    _check_experts(config, target)
+    layers = _layers(scores.layers, target)
     widths: dict[str, list[Indices]] = {axis: [] for axis in config.width_axes}
     partners: list[Indices] = []
     for layer, mlp in zip(layers, _mlp_sizes(config, target, layers), strict=True):
@@ -104,12 +119,17 @@ def _check_scores(config: ModelConfig, scores: Importance) -> None:
             raise ValueError(f"the scores of {axis} are not finite; look at the model's parameters and the text.")
 
 
-def _layers(scores: Importance, target: Target) -> Indices:
-    depth = len(scores.layers)
+def _check_experts(config: ModelConfig, target: Target) -> None:
+    if target.experts is not None and "experts" not in config.width_axes:
+        raise ValueError(f"{target.experts} experts are to be kept, and the model has no mixture; leave experts out.")
+
+
+def _layers(scores: np.ndarray, target: Target) -> Indices:
+    depth = len(scores)
     if isinstance(target.layers, tuple):
         check_indices("layers", target.layers, depth)
         return target.layers
-    return tuple(sorted(_best("layers", scores.layers, depth if target.layers is None else target.layers)))
+    return tuple(sorted(_best("layers", scores, depth if target.layers is None else target.layers)))
 
 
 def _mlp_sizes(config: ModelConfig, target: Target, layers: Sequence[int]) -> tuple[int, ...]:
@@ -143,7 +163,7 @@ def _neurons(
     """Kept neurons; in a mixture kept experts, and of each as many neurons, in their order."""
     if not isinstance(spec.ffn, MixtureOfExperts):
         return {"mlp": _ordered(_best(f"mlp of {where}", scores["mlp"], mlp), sort)}
-    keep, least = spec.experts if target.experts is None else target.experts, spec.ffn.experts_per_token
+    keep, least = spec.ffn.experts if target.experts is None else target.experts, spec.ffn.experts_per_token
     if keep < least:
         raise ValueError(
             f"{keep} experts are to be kept in {where}, each of whose tokens chooses {least}; keep {least} or more."

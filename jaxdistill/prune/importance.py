@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxdistill.formats.paths import atomic_file, local_path
 from jaxdistill.prune.block_influence import block_influence_tap
-from jaxdistill.specs import LayerSpec, ModelConfig
+from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
 from jaxdistill.types import Mean, Tap
 
 Aggregation = Literal["mean", "l2", "variance"]
@@ -90,11 +90,11 @@ def importance_taps(config: ModelConfig, *, sequence: Aggregation = "mean") -> d
             "embed": [_moments(values[point], mask, sequence) for point in ("mixer_normed", "ffn_normed")],
             "layers": influence.reduce(values, mask),
         }
-        if "experts" not in spec.widths:
+        if not isinstance(spec.ffn, MixtureOfExperts):
             return found | {"mlp": _moments(values["mlp"], mask, sequence)}
-        chosen = jax.nn.one_hot(values["chosen_experts"], spec.experts) * (mask > 0)[..., None, None]
+        chosen = jax.nn.one_hot(values["chosen_experts"], spec.ffn.experts) * (mask > 0)[..., None, None]
         norms = jnp.linalg.norm(values["experts"].astype(jnp.float32), axis=-1)
-        experts = Mean(jnp.einsum("blc,blce->e", norms, chosen), chosen.sum((0, 1, 2)))
+        experts = Mean(jnp.einsum("blc,blce->e", norms, chosen, precision="highest"), chosen.sum((0, 1, 2)))
         return found | {"experts": experts, "mlp": _expert_moments(values["mlp"], chosen, sequence)}
 
     points = ("input", "mixer_normed", "heads", "ffn_normed", "mlp", "output")
@@ -171,7 +171,7 @@ def _expert_moments(
     count = jnp.maximum(tokens, 1.0)
 
     def totals(values: Array) -> Float[Array, "batch experts mlp"]:
-        return jnp.einsum("blcm,blce->bem", values, chosen)
+        return jnp.einsum("blcm,blce->bem", values, chosen, precision="highest")
 
     match kind:
         case "mean":
@@ -179,7 +179,7 @@ def _expert_moments(
         case "l2":
             row = jnp.sqrt(totals(jnp.square(values)))
         case "variance":
-            means = jnp.einsum("bem,blce->blcm", totals(values) / count, chosen)
+            means = jnp.einsum("bem,blce->blcm", totals(values) / count, chosen, precision="highest")
             row = totals(jnp.square(values - means)) / count
     return Moments(row.sum(0), jnp.square(row).sum(0), (tokens[..., 0] > 0).sum(0).astype(jnp.float32))
 

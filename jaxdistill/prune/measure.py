@@ -20,7 +20,7 @@ from jaxdistill.models.decoder import Execution, Gates, apply
 from jaxdistill.prune.baselines import random_importance, weight_magnitude
 from jaxdistill.prune.importance import Aggregation, Importance, add, importance, importance_taps
 from jaxdistill.sharding import Layout, put_batch
-from jaxdistill.specs import LayerSpec, ModelConfig
+from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
 from jaxdistill.tokenizers import Tokenizer
 from jaxdistill.types import Batch, Params, as_batch
 
@@ -182,8 +182,8 @@ def open_gates(config: ModelConfig, rows: int) -> dict[str, dict[str, Array]]:
     def ones(size: int, spec: LayerSpec) -> dict[str, Array]:
         parts = {"mixer_normed": config.embed, "ffn_normed": config.embed, "heads": spec.mixer.heads}
         parts |= {"mlp": spec.parts["mlp"], "layer": 1}
-        if "experts" in spec.parts:
-            parts["experts"] = spec.experts
+        if isinstance(spec.ffn, MixtureOfExperts):
+            parts["experts"] = spec.ffn.experts
         return {point: jnp.ones((size, rows, count)) for point, count in parts.items()}
 
     return {str(i): ones(*segment) for i, segment in enumerate(config.segments)}

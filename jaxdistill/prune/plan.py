@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdistill.formats.paths import local_path, write_text
-from jaxdistill.specs import ModelConfig
+from jaxdistill.specs import ModelConfig, parts_of
 
 Indices = tuple[int, ...]
 GROUPS = {"heads": "kv_heads", "mlp": "experts"}
@@ -29,11 +29,6 @@ class Shape:
     @classmethod
     def of(cls, config: ModelConfig) -> Shape:
         return cls(embed=config.embed, layers=tuple(layer.widths for layer in config.layers))
-
-    def parts(self, layer: int) -> dict[str, int]:
-        """How many parts each axis of a layer has to choose among, see `specs.LayerSpec.parts`."""
-        sizes = dict(self.layers[layer])
-        return sizes | {"mlp": sizes["mlp"] * sizes.get("experts", 1)}
 
     def __str__(self) -> str:
         kinds = sorted({", ".join(f"{name} {size}" for name, size in layer.items()) for layer in self.layers})
@@ -70,20 +65,26 @@ class PrunePlan:
                     f"{axis} has {len(choices)} choices for {len(self.layers)} kept layers; give one for each."
                 )
             for layer, chosen in zip(self.layers, choices, strict=True):
-                parts = self.source.parts(layer)
+                parts = parts_of(self.source.layers[layer])
                 if axis in parts:
                     check_indices(f"{axis} of layer {layer}", chosen, parts[axis])
                 elif chosen:
                     raise ValueError(f"layer {layer} has no axis {axis!r}; its axes are {sorted(parts)}.")
         for members, groups in GROUPS.items():
-            if members in self.widths and groups in self.widths:
+            if any(groups in self.source.layers[layer] for layer in self.layers):
                 self._check_groups(members, groups)
         self._check_partners()
 
     def _check_groups(self, members: str, groups: str) -> None:
         """Each kept group keeps equally many of its own members."""
+        missing = [axis for axis in (members, groups) if axis not in self.widths]
+        if len(missing) == 1:
+            given = members if missing == [groups] else groups
+            raise ValueError(f"the plan says which {given} are kept and not which {missing[0]}; give both.")
+        if missing:
+            return
         for layer, chosen, owners in zip(self.layers, self.widths[members], self.widths[groups], strict=True):
-            parts = self.source.parts(layer)
+            parts = parts_of(self.source.layers[layer])
             if groups not in parts:
                 continue
             size, kept = parts[members] // parts[groups], len(chosen) // len(owners)
@@ -102,7 +103,7 @@ class PrunePlan:
         if [len(each) for each in self.head_partners] != [len(each) for each in self.widths["heads"]]:
             raise ValueError("head_partners does not give one head for each kept query head of each kept layer.")
         for layer, heads, others in zip(self.layers, self.widths["heads"], self.head_partners, strict=True):
-            parts = self.source.parts(layer)
+            parts = self.source.layers[layer]
             size = parts["heads"] // parts["kv_heads"]
             if [head // size for head in heads] != [head // size for head in others]:
                 raise ValueError(

@@ -105,7 +105,8 @@ def _take_by_layer(
             continue
         chosen, size = np.asarray([widths[axis][at] for at in kept]), value.shape[position + 1]
         if axis == "mlp" and "experts" in axes:
-            # Numbers of neurons among those of all experts become numbers within each kept one.
+            # Numbers of neurons among those of all experts become numbers within each kept one. Experts lead, and are
+            # already cut.
             of_expert = chosen.reshape(*value.shape[:2], -1) % size
             if of_expert.shape[-1] < size or np.any(of_expert != np.arange(size)):
                 take = jax.vmap(lambda expert, indices, p=position - 1: jnp.take(expert, indices, axis=p))

@@ -24,6 +24,14 @@ def test_fields_that_may_change_may_and_their_namesakes_may_not():
         check_compatible(SAVED, changed(steps=200), may_change={"train.step", "steps"})
 
 
+def test_a_field_that_is_newer_than_the_run_may_say_nothing():
+    check_compatible(SAVED, changed(heads=None, sizes=()))
+    with pytest.raises(ValueError, match=r"train\.heads: absent / 4"):
+        check_compatible(SAVED, changed(heads=4))
+    with pytest.raises(ValueError, match=r"train\.steps: 100 / None"):
+        check_compatible(SAVED, changed(steps=None))
+
+
 def test_every_differing_field_is_listed_with_both_values():
     current = {
         "train": {"steps": 200, "learning_rate": 0.2, "tags": ["a"]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,9 +89,51 @@ def test_no_traffic_for_what_nobody_taps():
     )
     program = jax.jit(lambda p, b: apply(CONFIG, p, b, layout=layout).hidden).lower(placed, BATCH).compile().as_text()
     reduced = [line for line in program.splitlines() if " all-reduce(" in line]
+    assert not re.search(r"= f32\[8,16,8\]\S* all-gather\(", program)  # the router's shares of all rows
     rows = "f32[4,16,"  # half of the rows
     assert any(f"{rows}16]" in line for line in reduced)
     assert not any(f"{rows}2,16]" in line or f"{rows}2,12]" in line for line in reduced)
+
+
+def test_rows_of_other_devices_may_hold_anything(monkeypatch, one_device):
+    """Grouped products promise nothing about rows in no group, nor about their gradients."""
+
+    @jax.custom_vjp
+    def with_garbage(rows, kernel, sizes):
+        tail = jnp.arange(len(rows)) >= sizes.sum()
+        return jnp.where(tail[:, None], jnp.nan, plain(rows, kernel, sizes))
+
+    def backward(saved, cotangent):
+        rows, kernel, sizes = saved
+        tail = (jnp.arange(len(rows)) >= sizes.sum())[:, None]
+        of_rows, of_kernel = jax.vjp(lambda r, k: plain(r, k, sizes), rows, kernel)[1](cotangent)
+        return jnp.where(tail, jnp.nan, of_rows), of_kernel, None
+
+    with_garbage.defvjp(lambda *given: (with_garbage(*given), given), backward)
+    plain = jax.lax.ragged_dot
+    monkeypatch.setattr(jax.lax, "ragged_dot", with_garbage)
+    layout = MESHES["expert 4 x fsdp 2"]()
+    placed = jax.device_put(stack(CONFIG, reference.random_parameters(CONFIG)), param_shardings(CONFIG, layout))
+    gradients, (hidden, _) = step(layout)(placed, put_batch(layout, jax.tree.map(np.asarray, BATCH)))
+    np.testing.assert_allclose(hidden, one_device[1][0], rtol=1e-5, atol=1e-5)
+    assert_gradients_close(gradients, one_device[0])
+
+
+@pytest.mark.parametrize(("remat", "products"), [("dots", 9), ("block", 12)])
+def test_products_of_experts_are_kept_for_the_backward_pass(remat, products):
+    """Three forwards and two for each of them backwards; "block" does the first three again."""
+    params = stack(CONFIG, reference.random_parameters(CONFIG))
+    execution = Execution(remat=remat)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: apply(CONFIG, p, BATCH, execution=execution).hidden.sum()))(params)
+    assert str(jaxpr).count("ragged_dot_general[") == products
+
+
+def test_sizes_that_the_mesh_does_not_divide():
+    config = mixture(experts=6, mlp=13)
+    layout, params = MESHES["expert 4 x fsdp 2"](), stack(config, reference.random_parameters(config))
+    batch = jax.tree.map(lambda x: x[:3], BATCH)
+    found = jax.jit(lambda p: apply(config, p, batch, layout=layout).hidden)(params)
+    np.testing.assert_allclose(found, apply(config, params, batch).hidden, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cache_gives_the_same():
@@ -120,11 +163,12 @@ def test_gates_are_factors_of_experts_and_neurons(layout):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_in_bfloat16_it_is_close_and_finite():
+def test_in_bfloat16_it_is_close():
     params = stack(CONFIG, reference.random_parameters(CONFIG))
     hidden = apply(CONFIG, params, BATCH, execution=Execution(activation_dtype="bfloat16")).hidden
     assert hidden.dtype == jnp.bfloat16
-    assert bool(jnp.isfinite(hidden.astype(jnp.float32)).all())
+    difference = np.abs(np.asarray(hidden, np.float32) - np.asarray(apply(CONFIG, params, BATCH).hidden))
+    assert difference[np.asarray(BATCH.segment_ids) > 0].max() < 0.1
 
 
 def test_more_choices_than_experts_are_refused():

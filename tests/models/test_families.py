@@ -359,6 +359,10 @@ def test_a_mixtral_without_its_fields_has_the_defaults_of_transformers():
     config = MIXTRAL.from_hf({"model_type": "mixtral", **sizes, "num_attention_heads": 8})
     assert config.layers[0].mixer == Attention(heads=8, kv_heads=8, head_dim=8, rope=Rope(theta=1e6))
     assert (config.layers[0].ffn.experts, config.tied, config.norm_epsilon) == (8, False, 1e-5)
+    own_keys = MIXTRAL.from_hf(
+        {"model_type": "mixtral", **sizes, "num_attention_heads": 4, "num_key_value_heads": None, "mlp_bias": False}
+    )
+    assert own_keys.layers[0].mixer.kv_heads == 4
 
 
 @pytest.mark.parametrize(

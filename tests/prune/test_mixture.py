@@ -201,6 +201,34 @@ def test_sizes_that_cannot_be_are_refused(target, message):
         target.resize(CONFIG)
 
 
+def test_experts_of_a_model_that_has_none_are_refused():
+    with pytest.raises(ValueError, match="4 experts are to be kept, and the model has no mixture"):
+        Target(experts=4).resize(llama())
+    with pytest.raises(ValueError, match="the model has no mixture"):
+        choose(llama(), random_importance(llama(), 0), Target(experts=4))
+
+
+@pytest.mark.parametrize(
+    ("dropped", "message"),
+    [
+        ("experts", "which mlp are kept and not which experts; give both"),
+        ("kv_heads", "which heads .* not which kv_heads"),
+    ],
+)
+def test_a_plan_with_members_and_no_groups_is_refused(dropped, message):
+    document = choose(CONFIG, random_importance(CONFIG, 0), Target(mlp=6, heads=2)).to_dict()
+    del document["widths"][dropped]
+    with pytest.raises(ValueError, match=message):
+        PrunePlan.from_dict(document)
+
+
+def test_the_shape_of_a_target_is_that_of_its_plan():
+    for target in (Target(), Target(layers=2, embed=10, mlp=(5, 6), heads=2, experts=3), Target(layers=(1, 2), mlp=4)):
+        plan = choose(CONFIG, random_importance(CONFIG, 0), target)
+        if plan.layers == tuple(range(len(plan.layers))) or isinstance(target.layers, tuple):
+            assert target.resize(CONFIG) == plan.resize(CONFIG)
+
+
 def test_neurons_of_another_expert_are_refused():
     plan = whole_plan(CONFIG)
     neurons = tuple(range(95, -1, -1))

@@ -34,20 +34,21 @@ HF_DEFAULTS = {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
-    "num_key_value_heads": 8,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
 HF_TRAINING = ("router_aux_loss_coef", "output_router_logits")
 """Of a loss that transformers adds in training."""
+HF_REQUIRED = {"router_jitter_noise": 0.0, "attention_bias": False, "mlp_bias": False}
 HF_ROPE_THETA = 1e6
 
 
 def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     """Our config from a config.json of either layout. Raises ConfigError naming every field that it cannot honour."""
     handled = HANDLED | HF_DEFAULTS.keys() | set(HF_TRAINING)
-    check_fields(WHAT, fields, handled=handled, required={**REQUIRED, "router_jitter_noise": 0.0})
-    fields = {**with_defaults(fields, HF_DEFAULTS), "attention_bias": False}
+    check_fields(WHAT, fields, handled=handled, required={**REQUIRED, **HF_REQUIRED})
+    # Where the field is null, every query head has keys and values of its own.
+    fields = {"num_key_value_heads": 8, **with_defaults(fields, HF_DEFAULTS), "attention_bias": False}
     rope = fields.get("rope_parameters") or {}
     if "rope_theta" not in rope and fields.get("rope_theta") is None:
         fields["rope_theta"] = HF_ROPE_THETA
@@ -63,7 +64,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike. Raises ConfigError for what Mixtral cannot be."""
     ffn, mixer = config.layers[0].ffn, config.layers[0].mixer
-    if not isinstance(ffn, MixtureOfExperts) or not ffn.renormalize or mixer.bias:
+    if not isinstance(ffn, MixtureOfExperts) or not ffn.renormalize or mixer.bias or mixer.output_bias:
         raise ConfigError(
             f"the layers have {mixer} and {ffn}; Mixtral's have attention without bias and a mixture of experts whose "
             "shares are renormalized. Keep such a model as a checkpoint of ours."
