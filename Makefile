@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Large pages, and memory that is kept rather than given back after each step, spare the CPU most page faults of large
 # arrays (glibc 2.35 or newer; ignored elsewhere).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=68719476736:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
-# Tests run in this many processes.
+# Tests run in this many processes; neighbours stay together, since they share what they compare with.
 JOBS ?= 2
 
 .PHONY: quickstart test test-slow test-real test-parity lint mutate clean
@@ -16,7 +16,7 @@ quickstart: $(BIN)/.installed
 	$(BIN)/python tools/quickstart.py
 
 test: $(BIN)/.installed-test
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not real and not parity"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not real and not parity"
 
 test-slow: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -m "slow and not real and not parity"
