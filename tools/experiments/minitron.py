@@ -291,7 +291,7 @@ def toy(out: Path, results: Path) -> None:
         train_toy_teacher(bench, teacher_seed)
         before_training(bench, TOY_AXES)
     bench = dataclasses.replace(bench, name="toy", teacher=out / "toy-teacher-0" / "student")
-    rates = (1e-3, 3e-3)
+    rates = (1e-3, 3e-3, 1e-2)
     target = TOY_AXES["embed and mlp"]
     compare(bench, target, TOY_STEPS, rates=rates, scratch_rates=rates, scratch=(1, 4, 8))
     for shape, target in TOY_SHAPES.items():
@@ -407,15 +407,18 @@ def read_rows(results: Path) -> list[Row]:
 
 
 def rows_of(results: Path, benches: Sequence[str]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by bench and way, one for each seed: of several learning rates the best."""
-    groups: dict[tuple[str, str], dict[int, list[Row]]] = {}
+    """Rows by bench and way, one for each seed: those of the learning rate that is best on the first seed."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in read_rows(results):
         if row["bench"] in benches:
-            groups.setdefault((row["bench"], row["way"]), {}).setdefault(row["seed"], []).append(row)
-    return {
-        name: [min(rows, key=lambda r: r["end"]["cross_entropy_nats"]) for rows in by_seed.values()]
-        for name, by_seed in groups.items()
-    }
+            groups.setdefault((row["bench"], row["way"]), []).append(row)
+
+    def chosen(rows: list[Row]) -> list[Row]:
+        tuned = [row for row in rows if row["seed"] == SEEDS[0]]
+        best = min(tuned, key=lambda row: row["end"]["cross_entropy_nats"])["rate"]
+        return sorted((row for row in rows if row["rate"] == best), key=lambda row: row["seed"])
+
+    return {name: chosen(rows) for name, rows in groups.items()}
 
 
 def benches_of(part: str) -> list[str]:
