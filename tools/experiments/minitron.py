@@ -139,7 +139,8 @@ class Bench:
         config = self.config(f"{way}-{seed}-{rate:g}", seed=seed, rate=rate, steps=steps, **changes)
 
         def make() -> Row:
-            train(config)
+            if train(config).step < steps:
+                raise SystemExit("stopped; the same command goes on")
             lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
             held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
             curve = [(line["step"], round(line["loss"], 4)) for line in lines if line.get("loss") is not None]
