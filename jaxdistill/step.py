@@ -7,7 +7,6 @@ are an argument: never a closure (they would be baked into the program), never o
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,13 +16,16 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import partition
+from jaxdistill.losses.aligned import Ends, aligned_means, at_chunk_ends
+from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import evaluate_terms, term_coefficients
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import Parameterized, Term
 from jaxdistill.sharding import BATCH_AXES, Layout
-from jaxdistill.types import Batch, Mean, Outputs, Params, TrainState
+from jaxdistill.types import Batch, Mean, Outputs, PairedBatch, Params, TrainState, at_step
 
 Apply = Callable[[Params, Batch], Outputs]
+AnyTerm = Term | HiddenMatch | ALM
 ROUNDING = 1e-6
 """A mean distance of hidden states that float32 cannot tell from 0."""
 TrainStep = Callable[[TrainState, Params, Params | None, Batch], tuple[TrainState, dict[str, Any]]]
@@ -31,7 +33,7 @@ TrainStep = Callable[[TrainState, Params, Params | None, Batch], tuple[TrainStat
 
 def init_state(
     student: Params,
-    terms: Mapping[str, Term | HiddenMatch],
+    terms: Mapping[str, AnyTerm],
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     key: Any,
@@ -87,7 +89,7 @@ def state_shardings(
 def make_train_step(
     student: Apply,
     teacher: Apply | None,
-    terms: Mapping[str, Term | HiddenMatch],
+    terms: Mapping[str, AnyTerm],
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     chunk: int,
@@ -96,6 +98,7 @@ def make_train_step(
     teacher_layout: Layout | None = None,
     gradient_shardings: Any = None,
     correction: Mapping[str, Term] | None = None,
+    ends: Mapping[str, Ends] | None = None,
 ) -> TrainStep:
     """One optimizer step on one global batch, as a pure function to be jitted with the state donated.
 
@@ -107,33 +110,43 @@ def make_train_step(
     correction: terms that the teacher learns while it teaches; its parameters are then `state.params["teacher"]`, and
     the step's teacher argument is not read. The norm of its gradient is not part of "gradient_norm".
 
+    Batches are `PairedBatch`es where the teacher has another tokenizer: it then reads rows of its own, and hidden
+    states are compared where both models have read the same text. ends: for the `ALM` terms that read them, by name.
+
     Metrics: "loss"; "terms", a `Mean` per term; "gradient_norm" before clipping; "skipped" (1 or 0).
     """
     corrected = {f"teacher/{name}": term for name, term in (correction or {}).items()}
-    all_terms = {**terms, **corrected}
-    on_states = {name: term for name, term in terms.items() if isinstance(term, HiddenMatch)}
-    if on_states and teacher is None:
-        raise ValueError(f"the terms {sorted(on_states)} compare hidden states, and there is no teacher.")
+    needs = sorted(name for name, term in terms.items() if isinstance(term, HiddenMatch | ALM))
+    if needs and teacher is None:
+        raise ValueError(f"the terms {needs} compare the student with a teacher, and there is none.")
     evaluate = _evaluation(
-        student, teacher, terms, corrected, chunk=chunk, layout=layout, teacher_layout=teacher_layout
+        student, teacher, terms, corrected, chunk=chunk, layout=layout, teacher_layout=teacher_layout, ends=ends or {}
     )
 
     def train_step(state, frozen, teacher_params, batch):
         # Of the whole batch and known beforehand, so micro-batches are divided by the count of all of them.
-        coefficients = term_coefficients(all_terms, batch.loss_mask.sum(), state.step)
+        theirs = batch.teacher if isinstance(batch, PairedBatch) else batch
+        coefficients = term_coefficients(terms, batch.loss_mask.sum(), state.step)
+        coefficients |= term_coefficients(corrected, theirs.loss_mask.sum(), state.step)
+        averaged = {name: term for name, term in terms.items() if _is_averaged(term, batch)}
 
         def evaluated(params: Params, rows: Batch):
             return evaluate(params, frozen, teacher_params, rows, coefficients, state.step)
 
+        def factors_of(means: Mapping[str, Mean]) -> dict[str, Array]:
+            return _factors(averaged, means, coefficients, state.step)
+
         factors = None
-        if accumulate > 1 and any(term.balance for term in on_states.values()):
-            means = _accumulated(lambda rows: evaluated(state.params, rows)[1], batch, accumulate, layout)
-            factors = _balanced(on_states, means, coefficients)
+        if accumulate > 1 and averaged:
+            counts = _accumulated(
+                lambda rows: _read_by_factors(averaged, evaluated(state.params, rows)[1]), batch, accumulate, layout
+            )
+            factors = factors_of(counts)
 
         def loss_of(params: Params, rows: Batch):
             loss, means = evaluated(params, rows)
-            scaled = _balanced(on_states, means, coefficients) if factors is None else factors
-            return loss + sum(scaled[name] * means[name].total for name in on_states), means
+            scaled = factors_of(means) if factors is None else factors
+            return loss + sum((scaled[name] * means[name].total).sum() for name in averaged), means
 
         def gradients(rows: Batch):
             (loss, means), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rows)
@@ -141,7 +154,8 @@ def make_train_step(
 
         loss, means, grads = _accumulated(gradients, batch, accumulate, layout)
         after, norm, skipped = _updated(optimizer, state, grads, loss)
-        return after, {"loss": loss, "terms": means, "gradient_norm": norm, "skipped": skipped}
+        reported = {name: _reported(mean) for name, mean in means.items()}
+        return after, {"loss": loss, "terms": reported, "gradient_norm": norm, "skipped": skipped}
 
     return train_step
 
@@ -149,29 +163,22 @@ def make_train_step(
 def make_eval_step(
     student: Apply,
     teacher: Apply | None,
-    terms: Mapping[str, Term],
+    terms: Mapping[str, AnyTerm],
     *,
     chunk: int,
     layout: Layout = Layout(),
     teacher_layout: Layout | None = None,
+    ends: Mapping[str, Ends] | None = None,
 ) -> Callable[[Params, Params | None, Batch], dict[str, Mean]]:
     """(student parameters, teacher parameters, batch) → a `Mean` per term, without gradients."""
+    evaluate = _evaluation(
+        student, teacher, terms, {}, chunk=chunk, layout=layout, teacher_layout=teacher_layout, ends=ends or {}
+    )
 
     def eval_step(params, teacher_params, batch):
-        _, means = evaluate_terms(
-            terms,
-            student(params, batch),
-            None if teacher is None else teacher(teacher_params, batch),
-            targets=batch.targets,
-            loss_mask=batch.loss_mask,
-            coefficients={name: jnp.float32(0) for name in terms},
-            parameters={},
-            step=jnp.int32(0),
-            chunk=chunk,
-            layout=layout,
-            teacher_layout=teacher_layout,
-        )
-        return means
+        unweighted = {name: jnp.float32(0) for name in terms}
+        _, means = evaluate({"student": params, "objective": {}}, {}, teacher_params, batch, unweighted, jnp.int32(0))
+        return {name: _reported(mean) for name, mean in means.items()}
 
     return eval_step
 
@@ -179,61 +186,98 @@ def make_eval_step(
 def _evaluation(
     student: Apply,
     teacher: Apply | None,
-    terms: Mapping[str, Term | HiddenMatch],
+    terms: Mapping[str, AnyTerm],
     corrected: Mapping[str, Term],
     *,
     chunk: int,
     layout: Layout,
     teacher_layout: Layout | None,
+    ends: Mapping[str, Ends],
 ) -> Callable[..., tuple[Float[Array, ""], dict[str, Mean]]]:
-    """(parameters, frozen, teacher's parameters, batch, coefficients, step) → (the loss without the terms on hidden
-    states, the `Mean` of every term). corrected: the terms that the teacher learns.
+    """(parameters, frozen, teacher's parameters, batch, coefficients, step) → (the loss without the terms that are
+    averaged afterwards, the `Mean` of every term). corrected: the terms that the teacher learns.
     """
     on_scores = {name: term for name, term in terms.items() if not isinstance(term, HiddenMatch)}
 
     def evaluate(params, frozen, teacher_params, batch: Batch, coefficients, step):
+        paired = isinstance(batch, PairedBatch)
+        theirs = batch.teacher if paired else batch
         outputs = student(partition.merge(params["student"], frozen), batch)
-        taught = None if teacher is None else teacher(params.get("teacher", teacher_params), batch)
+        taught = None if teacher is None else teacher(params.get("teacher", teacher_params), theirs)
         signal = jax.lax.stop_gradient(taught)
         objective = params["objective"]
-        on_batch = functools.partial(
-            evaluate_terms,
-            targets=batch.targets,
-            loss_mask=batch.loss_mask,
-            coefficients=coefficients,
-            step=step,
-            chunk=chunk,
-        )
         own = {name: given for name, given in objective.items() if name in on_scores}
-        loss, means = on_batch(on_scores, outputs, signal, parameters=own, layout=layout, teacher_layout=teacher_layout)
+        places = {"layout": layout, "teacher_layout": teacher_layout}
+
+        def summed(some, outputs, signal, rows: Batch, **options):
+            on_rows = {"targets": rows.targets, "loss_mask": rows.loss_mask, "coefficients": coefficients}
+            return evaluate_terms(some, outputs, signal, **on_rows, step=step, chunk=chunk, **options)
+
+        if paired:
+            options = {"ends": ends, "parameters": own, "step": step, "chunk": chunk}
+            loss, means = jnp.float32(0), aligned_means(on_scores, outputs, signal, batch, **options, **places)
+        else:
+            loss, means = summed(on_scores, outputs, signal, batch, parameters=own, **places)
         if corrected and taught is not None:
-            theirs, found = on_batch(corrected, taught, None, parameters={}, layout=teacher_layout or layout)
-            loss, means = loss + theirs, means | found
+            added, found = summed(corrected, taught, None, theirs, parameters={}, layout=teacher_layout or layout)
+            loss, means = loss + added, means | found
         for name, term in terms.items():
             if isinstance(term, HiddenMatch):
                 assert signal is not None, "make_train_step refuses these terms without a teacher"
-                states = outputs.taps[name], signal.taps[name]
-                means[name] = term(*states, batch.loss_mask, objective.get(name, {}))
+                mine, matched, mask = outputs.taps[name], signal.taps[name], batch.loss_mask
+                if isinstance(batch, PairedBatch):
+                    mine, matched, mask = at_chunk_ends(batch, mine, matched)
+                means[name] = term(mine, matched, mask, objective.get(name, {}))
         return loss, means
 
     return evaluate
 
 
-def _balanced(
-    on_states: Mapping[str, HiddenMatch], means: Mapping[str, Mean], coefficients: Mapping[str, Array]
+def _is_averaged(term: AnyTerm, batch: Batch) -> bool:
+    """Whether what a term's total is divided by is known only after the models have run."""
+    return isinstance(term, HiddenMatch | ALM) or isinstance(batch, PairedBatch)
+
+
+def _factors(
+    averaged: Mapping[str, AnyTerm], means: Mapping[str, Mean], coefficients: Mapping[str, Array], step: Any
 ) -> dict[str, Array]:
-    """What the total of each term on hidden states is multiplied by, given what all terms are on the whole batch."""
-    factors = {}
-    for name, term in on_states.items():
-        factors[name] = coefficients[name]
-        if term.balance is not None:
-            other, own = coefficients[term.balance] * means[term.balance].total, means[name].total
-            # Both are sums over the same positions; the weight stays, the division by their count is the other's.
-            weight = coefficients[name] * means[name].count
+    """What the total of each averaged term is multiplied by, given what all terms are on the whole batch."""
+    weights = {name: at_step(term.weight, step) for name, term in averaged.items()}
+    shares = {name: _share(means[name]) for name in averaged}
+    values = {name: (shares[name] * means[name].total).sum() for name in averaged}
+    for name, term in averaged.items():
+        if isinstance(term, HiddenMatch) and (other := term.balance) is not None:
+            known = (
+                coefficients[other] * means[other].total if other not in averaged else weights[other] * values[other]
+            )
             # States that are equal but for rounding have nothing to learn, and rounding has a direction.
-            equal = own <= ROUNDING * means[name].count
-            factors[name] = weight * jnp.where(equal, 0.0, other / jnp.where(equal, 1.0, own))
-    return jax.lax.stop_gradient(factors)
+            equal = values[name] <= ROUNDING
+            weights[name] *= jnp.where(equal, 0.0, known / jnp.where(equal, 1.0, values[name]))
+    return jax.lax.stop_gradient({name: weights[name] * shares[name] for name in averaged})
+
+
+def _read_by_factors(averaged: Mapping[str, AnyTerm], means: Mapping[str, Mean]) -> dict[str, Mean]:
+    """What `_factors` reads of means. Totals that it does not read are left out: then nothing computes them."""
+    balanced = {name: term.balance for name, term in averaged.items() if isinstance(term, HiddenMatch) and term.balance}
+    totals = {*balanced, *balanced.values()}
+    return {
+        name: mean if name in totals else dataclasses.replace(mean, total=jnp.zeros_like(mean.total))
+        for name, mean in means.items()
+        if name in totals or name in averaged
+    }
+
+
+def _share(mean: Mean) -> Array:
+    """The factor of each total in a mean's value; of several side by side the value is their mean."""
+    empty = mean.count == 0
+    return jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, mean.count)) / jnp.size(mean.count)
+
+
+def _reported(mean: Mean) -> Mean:
+    """A mean as a metric: one total and one count."""
+    if not jnp.ndim(mean.total):
+        return mean
+    return Mean((_share(mean) * mean.total).sum(), jnp.float32(1))
 
 
 def _accumulated(micro: Callable[[Batch], Any], batch: Batch, accumulate: int, layout: Layout) -> Any:

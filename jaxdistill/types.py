@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
@@ -66,9 +65,26 @@ class Batch:
     target_bytes: Int[Array, "batch length"]
 
 
-def as_batch(rows: Mapping[str, np.ndarray], *, vocab: int) -> Batch:
-    """The fields as a `Batch`, still on the host. Refuses ids that the models lack: a look-up of one would silently be
-    nothing, or not a number."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairedBatch(Batch):
+    """The student's rows, and the same text as rows of a teacher with another tokenizer, in `teacher`.
+
+    chunks [batch, length], teacher_chunks [batch, teacher's length]: of each position's target, the chunk that it
+    belongs to: runs of tokens on either side that spell the same bytes have the same number, 1, 2, … along the row;
+    0 is no chunk. A row of either side holds the same pieces of text, with the same segment ids.
+    """
+
+    chunks: Int[Array, "batch length"]
+    teacher: Batch
+    teacher_chunks: Int[Array, "batch teacher_length"]
+
+
+def as_batch(rows: Mapping[str, Any], *, vocab: int, teacher_vocab: int | None = None) -> Batch:
+    """The fields as a `Batch`, still on the host; as a `PairedBatch` where there is a "teacher" among them.
+
+    Refuses ids that the models lack: a look-up of one would silently be nothing, or not a number.
+    """
     largest = max(int(rows["tokens"].max()), int(rows["targets"].max()))
     if largest >= vocab:
         raise ValueError(
@@ -76,7 +92,12 @@ def as_batch(rows: Mapping[str, np.ndarray], *, vocab: int) -> Batch:
             "never given to the model. Use text (or a chat template) without them, or another tokenizer."
         )
     fields: dict[str, Any] = dict(rows)
-    return Batch(**fields)
+    if "teacher" not in fields:
+        return Batch(**fields)
+    theirs = dict(fields.pop("teacher"))
+    chunks = theirs.pop("chunks")
+    teacher = as_batch(theirs, vocab=vocab if teacher_vocab is None else teacher_vocab)
+    return PairedBatch(**fields, teacher=teacher, teacher_chunks=chunks)
 
 
 @jax.tree_util.register_dataclass

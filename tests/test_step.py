@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from compiling import collectives_in_loops
-from tiny import LAYOUTS, assert_gradients_close, llama, packed_batch
+from tiny import LAYOUTS, assert_changes_close, assert_gradients_close, llama, packed_batch
 from tiny import params as tiny_params
 
 from jaxdistill import partition
@@ -115,11 +115,6 @@ def trajectory(setting: Setting, steps: int = 10):
 
 
 REFERENCE = functools.cache(lambda: trajectory(Setting()))
-
-
-def assert_changes_close(given, expected):
-    # Differences of parameters carry the parameters' rounding, 1e-7 of their size.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=4e-7), given, expected)
 
 
 EQUAL_SETTINGS = {

@@ -9,7 +9,7 @@ import numpy as np
 from jaxdistill.models.schema import schema, stack
 from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, MixtureOfExperts, ModelConfig
-from jaxdistill.types import Batch, Params
+from jaxdistill.types import Batch, PairedBatch, Params
 
 LAYOUTS = {
     "one device": Layout,
@@ -75,6 +75,69 @@ def packed_batch(seed: int = 0, *, rows: int = 8, length: int = 16, vocab: int =
     )
 
 
+def random_alignment(seed: int, *, rows: int = 3, length: int = 24, teacher_length: int = 20) -> dict[str, np.ndarray]:
+    """chunks and segment ids of both sides, as the data gives them: some chunks are not supervised, and some segments
+    have one more position, which only reads the last token."""
+    rng = np.random.default_rng(seed)
+    names = ("chunks", "segment_ids", "teacher_chunks", "teacher_segment_ids")
+    found = {name: np.zeros((rows, teacher_length if "teacher" in name else length), np.int32) for name in names}
+    for row in range(rows):
+        at, number, segment = [0, 0], 0, 0
+        while True:
+            segment += 1
+            sizes = rng.integers(1, 4, (int(rng.integers(1, 6)), 2))
+            more = int(rng.integers(0, 2))
+            needed = sizes.sum(0) + more
+            if at[0] + needed[0] > length or at[1] + needed[1] > teacher_length:
+                break
+            ends = [at[0] + needed[0], at[1] + needed[1]]
+            found["segment_ids"][row, at[0] : ends[0]] = segment
+            found["teacher_segment_ids"][row, at[1] : ends[1]] = segment
+            for own, theirs in sizes:
+                if rng.uniform() < 0.85:
+                    number += 1
+                    found["chunks"][row, at[0] : at[0] + own] = number
+                    found["teacher_chunks"][row, at[1] : at[1] + theirs] = number
+                at = [at[0] + own, at[1] + theirs]
+            at = ends
+    return found
+
+
+def paired_batch(
+    seed: int = 0,
+    *,
+    rows: int = 8,
+    length: int = 24,
+    teacher_length: int = 20,
+    vocab: int = 64,
+    teacher_vocab: int = 64,
+) -> PairedBatch:
+    """Random tokens under a random alignment; a segment's targets are supervised, in chunks or not."""
+    found = random_alignment(seed, rows=rows, length=length, teacher_length=teacher_length)
+    rng = np.random.default_rng(seed + 500)
+
+    def side(segments: np.ndarray, ids: int) -> Batch:
+        tokens = rng.integers(0, ids, (rows, segments.shape[1] + 1))
+        starts = np.concatenate([np.ones((rows, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+        counted = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
+        return Batch(
+            tokens=jnp.asarray(tokens[:, :-1], jnp.int32),
+            targets=jnp.asarray(tokens[:, 1:], jnp.int32),
+            loss_mask=jnp.asarray(segments > 0, jnp.float32),
+            positions=jnp.asarray(counted - np.maximum.accumulate(np.where(starts, counted, 0), axis=1), jnp.int32),
+            segment_ids=jnp.asarray(segments),
+            target_bytes=jnp.ones(segments.shape, jnp.int32),
+        )
+
+    own = side(found["segment_ids"], vocab)
+    return PairedBatch(
+        **vars(own),
+        chunks=jnp.asarray(found["chunks"]),
+        teacher=side(found["teacher_segment_ids"], teacher_vocab),
+        teacher_chunks=jnp.asarray(found["teacher_chunks"]),
+    )
+
+
 def assert_gradients_close(given, expected) -> None:
     """The house's tolerance for gradients: rtol 1e-5, atol 1e-6 of the leaf's largest entry."""
     jax.tree.map(
@@ -84,3 +147,8 @@ def assert_gradients_close(given, expected) -> None:
         given,
         expected,
     )
+
+
+def assert_changes_close(given, expected) -> None:
+    """As above for what a step of SGD changed: differences of parameters carry their rounding, 1e-7 of their size."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=4e-7), given, expected)

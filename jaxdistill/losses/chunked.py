@@ -95,24 +95,31 @@ def term_values(
     *,
     targets: Int[Array, "batch length"],
     loss_mask: Float[Array, "batch length"],
+    parameters: Mapping[str, Mapping[str, Any]] | None = None,
+    step: Int[Array, ""] | int = 0,
     chunk: int,
     layout: Layout = Layout(),
     teacher_layout: Layout | None = None,
 ) -> dict[str, Float[Array, "batch length"]]:
-    """Each term's value at each position times its mask, for evaluation: sums over any groups are the caller's.
+    """Each term's value at each position times its mask: what is made of them is the caller's.
 
-    Arguments as in `evaluate_terms`; nothing is differentiated, and terms with parameters of their own get none.
+    Arguments as in `evaluate_terms`. Differentiable like it, for objectives that are no sum over positions: what each
+    value counts for is known only when all are, so the backward pass walks the positions again.
     """
     plan = _plan(terms, student, teacher, chunk, layout, teacher_layout or layout)
-    learned = {"hidden": student.hidden, "head": student.head, "parameters": {}}
+    learned = {
+        "hidden": student.hidden,
+        "head": student.head,
+        "parameters": {k: dict(v) for k, v in (parameters or {}).items()},
+    }
     given = {
         "teacher": None if teacher is None else {"hidden": teacher.hidden, "head": teacher.head},
         "targets": targets,
         "mask": loss_mask,
         "coefficients": {},
-        "step": jnp.int32(0),
+        "step": jnp.asarray(step),
     }
-    return _on_mesh(plan, _scan_positions, learned, given)
+    return _values(plan, learned, jax.lax.stop_gradient(given))
 
 
 def term_coefficients(
@@ -217,6 +224,23 @@ def _evaluate_backward(plan, gradients, cotangents):
 _evaluate.defvjp(_evaluate_forward, _evaluate_backward)
 
 
+# Values, whose gradients are found on a second way.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _values(plan: _Plan, learned: Any, given: Any) -> Totals:
+    return _on_mesh(plan, _scan_positions, learned, given)
+
+
+def _values_backward(plan, saved, slopes):
+    learned, given = saved
+    _, gradients = _on_mesh(plan, _scan_gradients, learned, given | {"slopes": slopes})
+    return gradients, None
+
+
+_values.defvjp(lambda plan, learned, given: (_values(plan, learned, given), (learned, given)), _values_backward)
+
+
 def _on_mesh(plan: _Plan, scan: Callable, learned: Any, given: Any) -> Any:
     """Runs a scan under `shard_map` with every input in its place, or directly on one device."""
     run = functools.partial(scan, plan)
@@ -243,6 +267,7 @@ def _on_mesh(plan: _Plan, scan: Callable, learned: Any, given: Any) -> Any:
         "coefficients": whole,
         "step": whole,
     }
+    given_specs |= {"slopes": places.tokens} if "slopes" in given else {}
     values = (whole, dict.fromkeys(plan.terms, whole))
     out_specs = {
         _scan_values: values,
@@ -326,10 +351,14 @@ def _scan_gradients(plan: _Plan, learned: Any, given: Any) -> tuple[tuple[Array,
 
 
 def _chunk_value(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed: Any) -> tuple[Array, Any]:
+    """What is differentiated, and the totals. Values have slopes of their own, or all of a term one coefficient."""
     loss = _zero_sums(plan)[0]
-    totals = {name: values.sum() for name, values in _chunk_values(plan, scores, parameters, chunk, fixed).items()}
+    values = _chunk_values(plan, scores, parameters, chunk, fixed)
+    totals = {name: found.sum() for name, found in values.items()}
     for name, term in plan.terms.items():
-        if callable(term.weight) or term.weight != 0:
+        if "slopes" in chunk:
+            loss = loss + (chunk["slopes"][name] * values[name]).sum()
+        elif callable(term.weight) or term.weight != 0:
             loss = loss + fixed["coefficients"][name] * totals[name]
     return loss, totals
 
@@ -428,6 +457,8 @@ def _chunks(plan: _Plan, hidden: Array, given: Any) -> dict[str, Array]:
     positions = hidden.shape[0] * hidden.shape[1]
     chunk = min(plan.chunk, positions)
     arrays = {"hidden": _vary(hidden, plan.places.vocab_axes), "targets": given["targets"], "mask": given["mask"]}
+    if "slopes" in given:
+        arrays["slopes"] = given["slopes"]
     if given["teacher"] is not None:
         arrays["teacher_hidden"] = _vary(given["teacher"]["hidden"], plan.places.vocab_axes)
 

@@ -12,8 +12,11 @@ from jaxtyping import Array, Float
 
 from jaxdistill.types import Mean, Scalar, Tap
 
-Distance = Literal["cosine", "mse", "normalized_mse"]
-"""Between two vectors: 1 - cosine; the mean squared difference; the squared difference ÷ the teacher's square."""
+Distance = Literal["cosine", "mse", "normalized_mse", "channelwise"]
+"""Between two vectors: 1 - cosine; the mean squared difference; the squared difference ÷ the teacher's square.
+"channelwise": the squared difference of each channel ÷ the teacher's mean square in it over the whole batch."""
+
+TINY = 1e-12
 
 Point = Literal["input", "mixer_normed", "ffn_normed", "output"]
 
@@ -32,8 +35,12 @@ class HiddenMatch:
     whole batch: with micro-batches a first pass over all of them finds the two values (one more forward pass of both
     models).
 
+    Where the teacher has another tokenizer, states are compared at the ends of chunks, where both models have read the
+    same text.
+
     Compact Language Models via Pruning and Knowledge Distillation (2407.14679): cosine, through one shared
-    map, balanced; worth its cost where many layers were cut.
+    map, balanced; worth its cost where many layers were cut. Approximate Likelihood Matching (2503.20083): the last
+    layer, channelwise, for students on bytes.
     """
 
     layers: tuple[tuple[int, int], ...] | None = None
@@ -88,8 +95,11 @@ class HiddenMatch:
         mask: Float[Array, "batch length"],
         parameters: Mapping[str, Array],
     ) -> Mean:
-        """The mean over positions where mask is not 0, of a resolved term; student and teacher as tapped."""
-        total = jnp.float32(0)
+        """The mean over positions where mask is not 0, of a resolved term; student and teacher as tapped.
+
+        "channelwise" gives a total and a count for each pair and channel, whose quotients are to be averaged.
+        """
+        totals, counts = [], []
         student_layers, teacher_layers = ([*layers] for layers in zip(*(self.layers or ()), strict=True))
         student_order, teacher_order = sorted({*student_layers}), sorted({*teacher_layers})
         for s, t in zip(student_layers, teacher_layers, strict=True):
@@ -100,8 +110,16 @@ class HiddenMatch:
             )
             if "projection" in parameters:
                 own = own @ parameters["projection"]
-            total += (_distance(own, theirs, self.distance) * mask).sum()
-        return Mean(total / len(student_layers), mask.sum())
+            if self.distance == "channelwise":
+                squares = (x**2 * mask[..., None] for x in (own - theirs, theirs))
+                total, scale = (each.sum((0, 1)) for each in squares)
+                totals.append(total)
+                counts.append(scale + 1e-8 * mask.sum())
+            else:
+                totals.append((_distance(own, theirs, self.distance) * mask).sum())
+        if self.distance == "channelwise":
+            return Mean(jnp.stack(totals), jnp.stack(counts))
+        return Mean(sum(totals) / len(totals), mask.sum())
 
 
 def hidden_taps(terms: Mapping[str, Any], side: Literal["student", "teacher"]) -> dict[str, Tap]:
@@ -125,17 +143,18 @@ def _check_pairs(layers: Any) -> None:
 
 
 def _distance(
-    student: Float[Array, "... embed"], teacher: Float[Array, "... embed"], kind: Distance
+    student: Float[Array, "... embed"],
+    teacher: Float[Array, "... embed"],
+    kind: Literal["cosine", "mse", "normalized_mse"],
 ) -> Float[Array, "..."]:
     def dot(a: Array, b: Array) -> Array:
         return (a * b).sum(-1)
 
-    tiny = 1e-12
     match kind:
         case "cosine":
-            norms = jax.lax.rsqrt(dot(student, student) + tiny) * jax.lax.rsqrt(dot(teacher, teacher) + tiny)
+            norms = jax.lax.rsqrt(dot(student, student) + TINY) * jax.lax.rsqrt(dot(teacher, teacher) + TINY)
             return 1 - dot(student, teacher) * norms
         case "mse":
             return dot(student - teacher, student - teacher) / student.shape[-1]
         case "normalized_mse":
-            return dot(student - teacher, student - teacher) / (dot(teacher, teacher) + tiny)
+            return dot(student - teacher, student - teacher) / (dot(teacher, teacher) + TINY)

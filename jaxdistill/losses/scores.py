@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -86,6 +87,11 @@ class Scores:
         Costs position x vocab numbers of communication and memory; most terms never need it.
         """
         return Scores(_all_gather(self.local, self.axes)) if self.axes else self
+
+    def part(self, values: Array | np.ndarray) -> Array:
+        """This shard's part of something given for every id, [vocab, ...]; 0 (False) for ids beyond it."""
+        here = self._first_id() + jnp.arange(self.local.shape[-1])
+        return jnp.take(jnp.asarray(values), here, axis=0, mode="fill", fill_value=0)
 
     def _first_id(self) -> Int[Array, ""] | int:
         return jax.lax.axis_index(self.axes) * self.local.shape[-1] if self.axes else 0

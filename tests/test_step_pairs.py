@@ -1,0 +1,183 @@
+"""The train step where the teacher has another tokenizer: settings that should not change a result do not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import LAYOUTS, assert_changes_close, llama, paired_batch
+from tiny import params as tiny_params
+
+from jaxdistill.losses.aligned import Ends
+from jaxdistill.losses.alm import ALM
+from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
+from jaxdistill.losses.terms import CrossEntropy
+from jaxdistill.models.decoder import apply
+from jaxdistill.models.schema import param_shardings
+from jaxdistill.optimizer import Optax, side_by_side
+from jaxdistill.sharding import put_batch
+from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
+
+STUDENT = llama(layers=2, vocab=64)
+TEACHER = llama(layers=3, embed=24, mlp=40, tied=False, vocab=40)
+TERMS = {
+    "alm": ALM(temperature=5.0, merge_threshold=0.03),
+    "hidden": HiddenMatch(layers=((1, 2), (0, 0)), distance="channelwise", weight=0.1),
+    "states": HiddenMatch(layers=((1, 1),), balance="alm", weight=0.5),
+    "cross_entropy": CrossEntropy(weight=0.3),
+}
+ENDS = {"alm": Ends(np.arange(64) % 3 == 0, np.arange(40) % 4 == 1)}
+
+
+def run(layout: str, *, accumulate: int = 1, steps: int = 10, terms=TERMS, corrected=None, optimizer=None):
+    """Losses of some steps of SGD, the change of all parameters in the first, and its metrics."""
+    place = LAYOUTS[layout]()
+    optimizer = (optimizer or Optax(optax.sgd(0.5))).build(10)
+    if corrected:
+        optimizer = side_by_side(optimizer, Optax(optax.sgd(0.1)).build(10))
+    student, teacher = (
+        jax.device_put(tiny_params(shape, seed, head_scale=scale), param_shardings(shape, place))
+        for shape, seed, scale in ((STUDENT, 0, 1.0), (TEACHER, 1, 3.0))
+    )
+    learner = teacher if corrected else None
+    start = functools.partial(
+        init_state, terms=terms, optimizer=optimizer, key=jax.random.key(0), student_embed=16, teacher_embed=24
+    )
+    shardings = state_shardings(
+        jax.eval_shape(start, student, teacher=learner),
+        param_shardings(STUDENT, place),
+        place,
+        optimizer,
+        teacher=param_shardings(TEACHER, place) if corrected else None,
+    )
+    state = jax.jit(start, out_shardings=shardings)(student, teacher=learner)
+    step = make_train_step(
+        functools.partial(apply, STUDENT, layout=place, taps=hidden_taps(terms, "student")),
+        functools.partial(apply, TEACHER, layout=place, taps=hidden_taps(terms, "teacher")),
+        terms,
+        optimizer,
+        chunk=32,
+        accumulate=accumulate,
+        layout=place,
+        gradient_shardings=shardings.params,
+        correction=corrected,
+        ends=ENDS,
+    )
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    losses, change, first = [], None, None
+    for number in range(steps):
+        before = jax.tree.map(np.asarray, state.params)
+        batch = put_batch(place, jax.tree.map(np.asarray, paired_batch(number, teacher_vocab=40)))
+        state, metrics = step(state, {}, teacher, batch)
+        losses.append(float(metrics["loss"]))
+        if number == 0:
+            change = jax.tree.map(lambda old, new: old - np.asarray(new), before, state.params)
+            first = metrics
+    return np.array(losses), change, first
+
+
+REFERENCE = functools.cache(lambda: run("one device"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "accumulate"),
+    [("one device", 2), ("fsdp 8", 1), ("fsdp 4 x tensor 2", 2), ("sequence 2 x fsdp 4", 2)],
+)
+def test_the_mesh_and_micro_batches_change_nothing(layout, accumulate):
+    losses, change, metrics = run(layout, accumulate=accumulate)
+    expected, first_change, first = REFERENCE()
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert_changes_close(change, first_change)
+    for name, mean in first["terms"].items():
+        np.testing.assert_allclose(metrics["terms"][name].value, mean.value, rtol=1e-5, err_msg=name)
+
+
+def test_the_loss_is_the_weighted_sum_of_the_terms():
+    losses, change, metrics = REFERENCE()
+    values = {name: float(mean.value) for name, mean in metrics["terms"].items()}
+    # The balanced term counts as much as its weight says of the term that it is balanced with.
+    expected = values["alm"] * (1 + 0.5) + 0.1 * values["hidden"] + 0.3 * values["cross_entropy"]
+    np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
+    assert losses[-1] < losses[0]
+    assert np.abs(change["objective"]["hidden"]["projection"]).max() > 0
+
+
+def test_a_corrected_teacher_learns_from_its_own_rows():
+    """Divided by the teacher's supervised positions, not the student's, also in micro-batches."""
+    corrected = {"cross_entropy": CrossEntropy()}
+    one, two = (run("one device", accumulate=n, steps=1, corrected=corrected, terms={"alm": ALM()}) for n in (1, 2))
+    rows = paired_batch(0, teacher_vocab=40).teacher
+    assert float(one[2]["terms"]["teacher/cross_entropy"].count) == float(rows.loss_mask.sum())
+    assert rows.loss_mask.sum() != paired_batch(0).loss_mask.sum()
+    assert_changes_close(two[1]["teacher"], one[1]["teacher"])
+    assert np.abs(one[1]["teacher"]["head"]["kernel"]).max() > 0
+    np.testing.assert_allclose(
+        one[0][0],
+        float(one[2]["terms"]["alm"].value) + float(one[2]["terms"]["teacher/cross_entropy"].value),
+        rtol=1e-5,
+    )
+
+
+def test_evaluation_gives_the_same_means():
+    terms = {name: term for name, term in TERMS.items() if name in ("alm", "cross_entropy")}
+    step = make_eval_step(
+        functools.partial(apply, STUDENT), functools.partial(apply, TEACHER), terms, chunk=16, ends=ENDS
+    )
+    means = jax.jit(step)(
+        tiny_params(STUDENT, 0), tiny_params(TEACHER, 1, head_scale=3.0), paired_batch(0, teacher_vocab=40)
+    )
+    for name in terms:
+        np.testing.assert_allclose(means[name].value, REFERENCE()[2]["terms"][name].value, rtol=1e-5)
+
+
+def test_counts_of_micro_batches_cost_no_student():
+    """What the first pass is for is what the teacher says; nothing of the student is computed in it."""
+
+    def dots(accumulate):
+        place = LAYOUTS["one device"]()
+        optimizer = Optax(optax.sgd(0.5)).build(10)
+        terms = {"alm": ALM()}
+        step = make_train_step(
+            functools.partial(apply, STUDENT, layout=place),
+            functools.partial(apply, TEACHER, layout=place),
+            terms,
+            optimizer,
+            chunk=32,
+            accumulate=accumulate,
+            ends=ENDS,
+        )
+        state = init_state(
+            tiny_params(STUDENT), terms, optimizer, key=jax.random.key(0), student_embed=16, teacher_embed=24
+        )
+        text = jax.jit(step).lower(state, {}, tiny_params(TEACHER), paired_batch(0, teacher_vocab=40)).compile()
+        return [line for line in text.as_text().splitlines() if " dot(" in line]
+
+    def of_width(lines, width):
+        return sum(f",{width}]" in line.split("dot(")[0] for line in lines)
+
+    one, two = dots(1), dots(2)
+    assert of_width(two, TEACHER.layers[0].ffn.mlp) > of_width(one, TEACHER.layers[0].ffn.mlp)
+    assert of_width(two, STUDENT.layers[0].ffn.mlp) == of_width(one, STUDENT.layers[0].ffn.mlp)
+
+
+def test_terms_that_need_a_teacher_are_refused_without_one():
+    with pytest.raises(ValueError, match=r"\['alm', 'hidden', 'states'\] compare the student with a teacher"):
+        make_train_step(functools.partial(apply, STUDENT), None, TERMS, Optax(optax.sgd(1.0)).build(1), chunk=8)
+
+
+def test_paired_rows_hold_ids_that_the_models_have():
+    from jaxdistill.types import as_batch
+
+    batch = jax.tree.map(np.asarray, paired_batch(0))
+    rows = {**vars(batch), "teacher": {**vars(batch.teacher), "chunks": batch.teacher_chunks}}
+    rows.pop("teacher_chunks")
+    again = as_batch(rows, vocab=64, teacher_vocab=64)
+    assert dataclasses.asdict(again).keys() == dataclasses.asdict(batch).keys()
+    assert jnp.array_equal(again.teacher_chunks, batch.teacher_chunks)
+    with pytest.raises(ValueError, match="the models have 40 ids"):
+        as_batch(rows, vocab=64, teacher_vocab=40)
