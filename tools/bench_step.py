@@ -1,4 +1,5 @@
-"""Time and memory of one distillation step: our chunked head against full logits, and against the matmul floor.
+"""Time and memory of one distillation step: our chunked head against full logits, and against the matmul floor; and of
+approximate likelihood matching (ALM) against forward KL, both with the chunked head.
 
     python tools/bench_step.py                     # both vocabularies, huge pages on and off, about 6 minutes
     python tools/bench_step.py --vocabularies 131072 --repeats 7
@@ -65,7 +66,7 @@ def report(pages: str, result: dict[str, Any]) -> None:
             f"{seconds[name] / result['floor']:>9.2f}{temporary[name]:>10.0f}"
             f"{temporary[name] / temporary['plain']:>9.3f}{temporary[name] - temporary['without loss']:>9.0f}"
         )
-    print(f"first losses: {result['losses']}")
+    print(f"alm / chunked: {seconds['alm'] / seconds['chunked']:.2f}   first losses: {result['losses']}")
 
 
 def measure(bench: Bench, vocab: int) -> dict[str, Any]:
@@ -172,14 +173,35 @@ class _Work:
     def variants(self, chunk: int):
         import jax
         import jax.numpy as jnp
+        import numpy as np
         import optax
 
+        from jaxdistill.losses.aligned import Ends
+        from jaxdistill.losses.alm import ALM
         from jaxdistill.step import make_train_step
+        from jaxdistill.types import PairedBatch
 
         ours = make_train_step(self.student_apply, self.teacher_apply, self.terms, self.optimizer, chunk=chunk)
 
         def chunked(state, teacher, rows):
             state, metrics = ours(state, {}, teacher, rows)
+            return state, metrics["loss"]
+
+        ids = np.arange(self.student.vocab) % 3 == 0
+        matching = make_train_step(
+            self.student_apply,
+            self.teacher_apply,
+            {"alm": ALM()},
+            self.optimizer,
+            chunk=chunk,
+            ends={"alm": Ends(ids, ids)},
+        )
+
+        def alm(state, teacher, rows):
+            # The same rows for both models, each token a chunk of its own: what is compared is what a step costs.
+            chunks = 1 + rows.positions
+            pairs = PairedBatch(**vars(rows), chunks=chunks, teacher=rows, teacher_chunks=chunks)
+            state, metrics = matching(state, {}, teacher, pairs)
             return state, metrics["loss"]
 
         def with_loss(loss_of):
@@ -202,6 +224,7 @@ class _Work:
         return {
             "plain": with_loss(plain),
             "chunked": chunked,
+            "alm": alm,
             "without loss": with_loss(lambda student, teacher: jnp.square(student.hidden).mean()),
         }
 
