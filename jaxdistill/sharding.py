@@ -63,6 +63,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     )
 
 
+LOGICAL_AXES = ("batch", "length", "layers", "vocab", "embed", "heads", "kv_heads", "head_dim", "experts", "mlp")
+"""The names that parameters and activations give their axes."""
+
 MeshAxes = str | tuple[str, ...] | None
 
 
@@ -81,6 +84,9 @@ class Rules:
         unknown = {a for v in self.table.values() for a in names_of(v)} - set(MESH_AXES)
         if unknown:
             raise ValueError(f"sharding rules name the mesh axes {sorted(unknown)}; allowed are {MESH_AXES}.")
+        unknown = self.table.keys() - {*LOGICAL_AXES}
+        if unknown:
+            raise ValueError(f"sharding rules are for the axes {sorted(unknown)}; allowed are {LOGICAL_AXES}.")
 
     def replace(self, **changes: MeshAxes) -> Rules:
         return Rules({**self.table, **changes})

@@ -101,6 +101,8 @@ def test_an_axis_name_too_many_is_refused():
 def test_rules_name_known_mesh_axes_only():
     with pytest.raises(ValueError, match=r"\['tensors'\]"):
         Rules({"vocab": "tensors"})
+    with pytest.raises(ValueError, match=r"for the axes \['expert'\]; allowed are .*'experts'"):
+        DEFAULT_RULES.replace(expert="expert")
     changed = DEFAULT_RULES.replace(vocab=("fsdp", "tensor"))
     assert DEFAULT_RULES.table["vocab"] == "tensor"
     assert changed.table["vocab"] == ("fsdp", "tensor")

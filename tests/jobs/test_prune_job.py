@@ -96,7 +96,7 @@ def test_sorted_models_score_the_same_text_alike(files, tmp_path):
         (("--mlp", 16), "importance is measured on text; give --data FILE"),
         (("--mlp", 33, "--data", "x.jsonl"), "mlp of layer 0: 33 of 32 are to be kept; choose from 1 to 32"),
         (("--heads", 3, "--data", "x.jsonl"), "3 query heads are to be kept with 2 key-value heads"),
-        (("--embed", 10, "--data", "x.jsonl", "--to", "hf"), "transformers loads a Llama only if"),
+        (("--embed", 10, "--data", "x.jsonl", "--to", "hf"), "transformers loads a llama only if"),
         (("--layers", 2, "--keep-layers", 0, 1), "say how many, or which"),
         (("--plan", "nowhere.json"), "nowhere.json"),
         (("--plan", "nowhere.json", "--mlp", 16), "--plan has its own sizes"),

@@ -115,13 +115,13 @@ def decoder_to_hf(config: ModelConfig) -> dict[str, Any]:
     mixer = config.layers[0].mixer
     if mixer.bias != mixer.output_bias:
         raise ConfigError(
-            f"the attention has bias = {mixer.bias} and output_bias = {mixer.output_bias}; a Llama config.json has one "
-            "attention_bias for both. Give the model both or neither."
+            f"the attention has bias = {mixer.bias} and output_bias = {mixer.output_bias}; a config.json of "
+            f"{config.family} has one attention_bias for both. Give the model both or neither."
         )
     if config.embed % mixer.heads:
         raise ConfigError(
-            f"embed is {config.embed} and there are {mixer.heads} query heads; transformers loads a Llama only if the "
-            "first is a multiple of the second. Choose such sizes when pruning."
+            f"embed is {config.embed} and there are {mixer.heads} query heads; transformers loads a {config.family} "
+            "only if the first is a multiple of the second. Choose such sizes when pruning."
         )
     return {
         "attention_dropout": 0.0,
