@@ -16,18 +16,15 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import partition
-from jaxdistill.losses.aligned import Ends, aligned_means, at_chunk_ends
+from jaxdistill.losses.aligned import Ends
 from jaxdistill.losses.alm import ALM
-from jaxdistill.losses.chunked import evaluate_terms, term_coefficients
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import Parameterized, Term
+from jaxdistill.objective import AnyTerm, Objective, Seen, Weighting, reported
 from jaxdistill.sharding import BATCH_AXES, Layout
-from jaxdistill.types import Batch, Mean, Outputs, PairedBatch, Params, TrainState, at_step
+from jaxdistill.types import Batch, Mean, Outputs, PairedBatch, Params, TrainState
 
 Apply = Callable[[Params, Batch], Outputs]
-AnyTerm = Term | HiddenMatch | ALM
-ROUNDING = 1e-6
-"""A mean distance of hidden states that float32 cannot tell from 0."""
 TrainStep = Callable[[TrainState, Params, Params | None, Batch], tuple[TrainState, dict[str, Any]]]
 
 
@@ -99,6 +96,7 @@ def make_train_step(
     gradient_shardings: Any = None,
     correction: Mapping[str, Term] | None = None,
     ends: Mapping[str, Ends] | None = None,
+    weighting: Weighting = "fixed",
 ) -> TrainStep:
     """One optimizer step on one global batch, as a pure function to be jitted with the state donated.
 
@@ -115,37 +113,57 @@ def make_train_step(
 
     Metrics: "loss"; "terms", a `Mean` per term; "gradient_norm" before clipping; "skipped" (1 or 0).
     """
-    corrected = {f"teacher/{name}": term for name, term in (correction or {}).items()}
+    objective = Objective(
+        terms=terms,
+        corrected={f"teacher/{name}": term for name, term in (correction or {}).items()},
+        chunk=chunk,
+        layout=layout,
+        teacher_layout=teacher_layout,
+        ends=ends or {},
+        weighting=weighting,
+    )
     needs = sorted(name for name, term in terms.items() if isinstance(term, HiddenMatch | ALM))
     if needs and teacher is None:
         raise ValueError(f"the terms {needs} compare the student with a teacher, and there is none.")
-    evaluate = _evaluation(
-        student, teacher, terms, corrected, chunk=chunk, layout=layout, teacher_layout=teacher_layout, ends=ends or {}
-    )
 
     def train_step(state, frozen, teacher_params, batch):
-        # Of the whole batch and known beforehand, so micro-batches are divided by the count of all of them.
-        theirs = batch.teacher if isinstance(batch, PairedBatch) else batch
-        coefficients = term_coefficients(terms, batch.loss_mask.sum(), state.step)
-        coefficients |= term_coefficients(corrected, theirs.loss_mask.sum(), state.step)
-        averaged = {name: term for name, term in terms.items() if _is_averaged(term, batch)}
+        known = objective.known(batch, state.step)
+        averaged = objective.averaged(batch)
 
-        def evaluated(params: Params, rows: Batch):
-            return evaluate(params, frozen, teacher_params, rows, coefficients, state.step)
+        def seen(params: Params, rows: Batch) -> Seen:
+            return _forward(student, teacher, params, frozen, teacher_params, rows)
 
-        def factors_of(means: Mapping[str, Mean]) -> dict[str, Array]:
-            return _factors(averaged, means, coefficients, state.step)
+        def means_of(params: Params, rows: Batch, seen: Seen):
+            return objective.means(seen, rows, params["objective"], known)
+
+        def squares(params: Params, rows: Batch, seen: Seen, factors):
+            fixed = jax.lax.stop_gradient((seen, params["objective"], factors))
+            return objective.squared_gradients(fixed[0], rows, fixed[1], known, fixed[2])
+
+        def counted(rows: Batch):
+            return objective.counted(means_of(state.params, rows, seen(state.params, rows))[1], rows)
 
         factors = None
         if accumulate > 1 and averaged:
-            counts = _accumulated(
-                lambda rows: _read_by_factors(averaged, evaluated(state.params, rows)[1]), batch, accumulate, layout
-            )
-            factors = factors_of(counts)
+            # What is known of the whole batch only is found in passes over all micro-batches before the first gradient.
+            shares = factors = objective.factors(_accumulated(counted, batch, accumulate, layout), batch, known)
+            if weighting != "fixed":
+                sizes = _accumulated(
+                    lambda rows: squares(state.params, rows, seen(state.params, rows), shares),
+                    batch,
+                    accumulate,
+                    layout,
+                )
+                factors = objective.emphasised(shares, sizes, known)
 
         def loss_of(params: Params, rows: Batch):
-            loss, means = evaluated(params, rows)
-            scaled = factors_of(means) if factors is None else factors
+            models = seen(params, rows)
+            loss, means = means_of(params, rows, models)
+            scaled = factors
+            if scaled is None:
+                scaled = objective.factors(means, rows, known)
+                if weighting != "fixed":
+                    scaled = objective.emphasised(scaled, squares(params, rows, models, scaled), known)
             return loss + sum((scaled[name] * means[name].total).sum() for name in averaged), means
 
         def gradients(rows: Batch):
@@ -154,8 +172,7 @@ def make_train_step(
 
         loss, means, grads = _accumulated(gradients, batch, accumulate, layout)
         after, norm, skipped = _updated(optimizer, state, grads, loss)
-        reported = {name: _reported(mean) for name, mean in means.items()}
-        return after, {"loss": loss, "terms": reported, "gradient_norm": norm, "skipped": skipped}
+        return after, {"loss": loss, "terms": reported(means), "gradient_norm": norm, "skipped": skipped}
 
     return train_step
 
@@ -171,113 +188,23 @@ def make_eval_step(
     ends: Mapping[str, Ends] | None = None,
 ) -> Callable[[Params, Params | None, Batch], dict[str, Mean]]:
     """(student parameters, teacher parameters, batch) → a `Mean` per term, without gradients."""
-    evaluate = _evaluation(
-        student, teacher, terms, {}, chunk=chunk, layout=layout, teacher_layout=teacher_layout, ends=ends or {}
-    )
+    objective = Objective(terms=terms, chunk=chunk, layout=layout, teacher_layout=teacher_layout, ends=ends or {})
 
     def eval_step(params, teacher_params, batch):
-        unweighted = {name: jnp.float32(0) for name in terms}
-        _, means = evaluate({"student": params, "objective": {}}, {}, teacher_params, batch, unweighted, jnp.int32(0))
-        return {name: _reported(mean) for name, mean in means.items()}
+        seen = _forward(student, teacher, {"student": params}, {}, teacher_params, batch)
+        _, means = objective.means(seen, batch, {}, objective.known(batch, jnp.int32(0)))
+        return reported(means)
 
     return eval_step
 
 
-def _evaluation(
-    student: Apply,
-    teacher: Apply | None,
-    terms: Mapping[str, AnyTerm],
-    corrected: Mapping[str, Term],
-    *,
-    chunk: int,
-    layout: Layout,
-    teacher_layout: Layout | None,
-    ends: Mapping[str, Ends],
-) -> Callable[..., tuple[Float[Array, ""], dict[str, Mean]]]:
-    """(parameters, frozen, teacher's parameters, batch, coefficients, step) → (the loss without the terms that are
-    averaged afterwards, the `Mean` of every term). corrected: the terms that the teacher learns.
-    """
-    on_scores = {name: term for name, term in terms.items() if not isinstance(term, HiddenMatch)}
-
-    def evaluate(params, frozen, teacher_params, batch: Batch, coefficients, step):
-        paired = isinstance(batch, PairedBatch)
-        theirs = batch.teacher if paired else batch
-        outputs = student(partition.merge(params["student"], frozen), batch)
-        taught = None if teacher is None else teacher(params.get("teacher", teacher_params), theirs)
-        signal = jax.lax.stop_gradient(taught)
-        objective = params["objective"]
-        own = {name: given for name, given in objective.items() if name in on_scores}
-        places = {"layout": layout, "teacher_layout": teacher_layout}
-
-        def summed(some, outputs, signal, rows: Batch, **options):
-            on_rows = {"targets": rows.targets, "loss_mask": rows.loss_mask, "coefficients": coefficients}
-            return evaluate_terms(some, outputs, signal, **on_rows, step=step, chunk=chunk, **options)
-
-        if paired:
-            options = {"ends": ends, "parameters": own, "step": step, "chunk": chunk}
-            loss, means = jnp.float32(0), aligned_means(on_scores, outputs, signal, batch, **options, **places)
-        else:
-            loss, means = summed(on_scores, outputs, signal, batch, parameters=own, **places)
-        if corrected and taught is not None:
-            added, found = summed(corrected, taught, None, theirs, parameters={}, layout=teacher_layout or layout)
-            loss, means = loss + added, means | found
-        for name, term in terms.items():
-            if isinstance(term, HiddenMatch):
-                assert signal is not None, "make_train_step refuses these terms without a teacher"
-                mine, matched, mask = outputs.taps[name], signal.taps[name], batch.loss_mask
-                if isinstance(batch, PairedBatch):
-                    mine, matched, mask = at_chunk_ends(batch, mine, matched)
-                means[name] = term(mine, matched, mask, objective.get(name, {}))
-        return loss, means
-
-    return evaluate
-
-
-def _is_averaged(term: AnyTerm, batch: Batch) -> bool:
-    """Whether what a term's total is divided by is known only after the models have run."""
-    return isinstance(term, HiddenMatch | ALM) or isinstance(batch, PairedBatch)
-
-
-def _factors(
-    averaged: Mapping[str, AnyTerm], means: Mapping[str, Mean], coefficients: Mapping[str, Array], step: Any
-) -> dict[str, Array]:
-    """What the total of each averaged term is multiplied by, given what all terms are on the whole batch."""
-    weights = {name: at_step(term.weight, step) for name, term in averaged.items()}
-    shares = {name: _share(means[name]) for name in averaged}
-    values = {name: (shares[name] * means[name].total).sum() for name in averaged}
-    for name, term in averaged.items():
-        if isinstance(term, HiddenMatch) and (other := term.balance) is not None:
-            known = (
-                coefficients[other] * means[other].total if other not in averaged else weights[other] * values[other]
-            )
-            # States that are equal but for rounding have nothing to learn, and rounding has a direction.
-            equal = values[name] <= ROUNDING
-            weights[name] *= jnp.where(equal, 0.0, known / jnp.where(equal, 1.0, values[name]))
-    return jax.lax.stop_gradient({name: weights[name] * shares[name] for name in averaged})
-
-
-def _read_by_factors(averaged: Mapping[str, AnyTerm], means: Mapping[str, Mean]) -> dict[str, Mean]:
-    """What `_factors` reads of means. Totals that it does not read are left out: then nothing computes them."""
-    balanced = {name: term.balance for name, term in averaged.items() if isinstance(term, HiddenMatch) and term.balance}
-    totals = {*balanced, *balanced.values()}
-    return {
-        name: mean if name in totals else dataclasses.replace(mean, total=jnp.zeros_like(mean.total))
-        for name, mean in means.items()
-        if name in totals or name in averaged
-    }
-
-
-def _share(mean: Mean) -> Array:
-    """The factor of each total in a mean's value; of several side by side the value is their mean."""
-    empty = mean.count == 0
-    return jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, mean.count)) / jnp.size(mean.count)
-
-
-def _reported(mean: Mean) -> Mean:
-    """A mean as a metric: one total and one count."""
-    if not jnp.ndim(mean.total):
-        return mean
-    return Mean((_share(mean) * mean.total).sum(), jnp.float32(1))
+def _forward(
+    student: Apply, teacher: Apply | None, params: Params, frozen: Params, teacher_params: Params | None, batch: Batch
+) -> Seen:
+    """What both models return, each for its own rows. A teacher that learns is among the parameters."""
+    theirs = batch.teacher if isinstance(batch, PairedBatch) else batch
+    outputs = student(partition.merge(params["student"], frozen), batch)
+    return Seen(outputs, None if teacher is None else teacher(params.get("teacher", teacher_params), theirs))
 
 
 def _accumulated(micro: Callable[[Batch], Any], batch: Batch, accumulate: int, layout: Layout) -> Any:

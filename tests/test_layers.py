@@ -26,6 +26,7 @@ FLOORS = {
     "train": 8,
     "evaluate": 7,
     "step": 6,
+    "objective": 5,
     "checkpoint": 4,
     "generate": 4,
     "prune": 4,

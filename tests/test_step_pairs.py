@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import LAYOUTS, assert_changes_close, llama, paired_batch
+from tiny import LAYOUTS, assert_changes_close, llama, packed_batch, paired_batch
 from tiny import params as tiny_params
 
-from jaxdistill.losses.aligned import Ends
+from jaxdistill.losses.aligned import Ends, aligned_means, at_chunk_ends
 from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.terms import CrossEntropy
@@ -34,10 +34,10 @@ TERMS = {
 ENDS = {"alm": Ends(np.arange(64) % 3 == 0, np.arange(40) % 4 == 1)}
 
 
-def run(layout: str, *, accumulate: int = 1, steps: int = 10, terms=TERMS, corrected=None, optimizer=None):
+def run(layout: str, *, accumulate: int = 1, steps: int = 10, terms=TERMS, corrected=None, weighting="fixed"):
     """Losses of some steps of SGD, the change of all parameters in the first, and its metrics."""
     place = LAYOUTS[layout]()
-    optimizer = (optimizer or Optax(optax.sgd(0.5))).build(10)
+    optimizer = Optax(optax.sgd(0.5)).build(10)
     if corrected:
         optimizer = side_by_side(optimizer, Optax(optax.sgd(0.1)).build(10))
     student, teacher = (
@@ -67,6 +67,7 @@ def run(layout: str, *, accumulate: int = 1, steps: int = 10, terms=TERMS, corre
         gradient_shardings=shardings.params,
         correction=corrected,
         ends=ENDS,
+        weighting=weighting,
     )
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     losses, change, first = [], None, None
@@ -123,6 +124,54 @@ def test_a_corrected_teacher_learns_from_its_own_rows():
     )
 
 
+WEIGHED = {name: TERMS[name] for name in ("alm", "hidden", "cross_entropy")}
+
+
+@functools.cache
+def weighed(layout: str = "one device", accumulate: int = 1):
+    return run(layout, accumulate=accumulate, steps=3, terms=WEIGHED, weighting="gradient_magnitude")
+
+
+def test_gradients_have_the_sizes_that_weights_say():
+    """Against the gradients of each term alone, and the norms of its gradients by what the student returns."""
+    batch, taps = paired_batch(0, teacher_vocab=40), hidden_taps(WEIGHED, "student")
+    outputs = apply(STUDENT, tiny_params(STUDENT, 0), batch, taps=taps)
+    teacher = apply(
+        TEACHER, tiny_params(TEACHER, 1, head_scale=3.0), batch.teacher, taps=hidden_taps(WEIGHED, "teacher")
+    )
+    projection = WEIGHED["hidden"].parameters(
+        jax.random.fold_in(jax.random.key(0), 1), student_embed=16, teacher_embed=24
+    )
+
+    def value(name, read):
+        if name == "hidden":
+            *states, mask = at_chunk_ends(batch, read["taps"]["hidden"], teacher.taps["hidden"])
+            mean = WEIGHED[name](*states, mask, projection)
+            return (mean.total / mean.count).mean()
+        student = dataclasses.replace(outputs, hidden=read["hidden"])
+        terms = {name: WEIGHED[name]}
+        return aligned_means(terms, student, teacher, batch, ends=ENDS, parameters={}, step=0, chunk=8)[name].value
+
+    inverse, alone = {}, {}
+    for name in WEIGHED:
+        gradient = jax.grad(functools.partial(value, name))({"hidden": outputs.hidden, "taps": outputs.taps})
+        inverse[name] = 1 / np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
+        # The key of a projection is drawn by the place of its term.
+        terms = {other: dataclasses.replace(each, weight=float(other == name)) for other, each in WEIGHED.items()}
+        alone[name] = run("one device", steps=1, terms=terms)[1]
+    factors = {name: WEIGHED[name].weight * inverse[name] / sum(inverse.values()) for name in WEIGHED}
+    expected = jax.tree.map(lambda *g: sum(f * x for f, x in zip(factors.values(), g, strict=True)), *alone.values())
+    assert_changes_close(weighed()[1], expected)
+    assert max(inverse.values()) > 3 * min(inverse.values()), "the example has gradients of different sizes"
+
+
+@pytest.mark.parametrize(("layout", "accumulate"), [("one device", 2), ("fsdp 4 x tensor 2", 1)])
+def test_gradients_weigh_the_same_on_every_mesh_and_in_micro_batches(layout, accumulate):
+    losses, change, _ = weighed(layout, accumulate)
+    np.testing.assert_allclose(losses, weighed()[0], rtol=1e-5)
+    assert_changes_close(change, weighed()[1])
+
+
 def test_evaluation_gives_the_same_means():
     terms = {name: term for name, term in TERMS.items() if name in ("alm", "cross_entropy")}
     step = make_eval_step(
@@ -163,6 +212,20 @@ def test_counts_of_micro_batches_cost_no_student():
     one, two = dots(1), dots(2)
     assert of_width(two, TEACHER.layers[0].ffn.mlp) > of_width(one, TEACHER.layers[0].ffn.mlp)
     assert of_width(two, STUDENT.layers[0].ffn.mlp) == of_width(one, STUDENT.layers[0].ffn.mlp)
+
+
+def test_chunks_of_one_tokenization_are_refused():
+    step = make_train_step(
+        *(functools.partial(apply, shape) for shape in (STUDENT, TEACHER)),
+        {"alm": ALM()},
+        Optax(optax.sgd(1.0)).build(1),
+        chunk=8,
+    )
+    state = init_state(
+        tiny_params(STUDENT), {}, Optax(optax.sgd(1.0)).build(1), key=None, student_embed=16, teacher_embed=24
+    )
+    with pytest.raises(ValueError, match=r"\['alm'\] compare chunks of two tokenizations, and the batch has one"):
+        step(state, {}, tiny_params(TEACHER), packed_batch(0, vocab=40))
 
 
 def test_terms_that_need_a_teacher_are_refused_without_one():

@@ -1,0 +1,206 @@
+"""From what two models return for a batch to a loss: the terms, what their sums are divided by, and how they weigh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdistill.losses.aligned import Ends, aligned_means, at_chunk_ends
+from jaxdistill.losses.alm import ALM
+from jaxdistill.losses.chunked import evaluate_terms, term_coefficients, term_values
+from jaxdistill.losses.hidden import HiddenMatch
+from jaxdistill.losses.terms import Term
+from jaxdistill.sharding import Layout
+from jaxdistill.types import Batch, Mean, Outputs, PairedBatch, Params, at_step
+
+AnyTerm = Term | HiddenMatch | ALM
+
+Weighting = Literal["fixed", "gradient_magnitude"]
+"""How terms are added up. "fixed": each times its weight. "gradient_magnitude": each times its weight ÷ the norm of its
+gradient by what the student's layers return (the last hidden states, and those that a term reads), so that terms of
+very different sizes move the student equally; divided by the sum of these factors without the weights, which keeps the
+gradient's size. The norms are those of the whole batch at the same step. They cost one more pass through the head for
+each term; with micro-batches two more forward passes of both models.
+
+After the authors' code of Approximate Likelihood Matching (2503.20083), which takes norms by the parameters of the last
+layer: those are no sums over positions, so they would depend on how a batch is cut."""
+
+ROUNDING = 1e-6
+"""A mean distance of hidden states that float32 cannot tell from 0."""
+
+
+class Seen(NamedTuple):
+    """What the models return for a batch. taught: the teacher's outputs, differentiable where it learns."""
+
+    outputs: Outputs
+    taught: Outputs | None
+
+
+class Known(NamedTuple):
+    """What a loss is computed with besides batch and parameters. coefficients: of the terms that are sums over
+    supervised positions, and so known from the data."""
+
+    coefficients: Mapping[str, Array]
+    step: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """An objective's terms and how they are evaluated; see `step.make_train_step` for the fields."""
+
+    terms: Mapping[str, AnyTerm]
+    chunk: int
+    layout: Layout = Layout()
+    teacher_layout: Layout | None = None
+    ends: Mapping[str, Ends] = dataclasses.field(default_factory=dict)
+    corrected: Mapping[str, Term] = dataclasses.field(default_factory=dict)
+    weighting: Weighting = "fixed"
+
+    def known(self, batch: Batch, step: Any) -> Known:
+        """Of the whole batch, so that micro-batches are divided by the count of all of them."""
+        theirs = batch.teacher if isinstance(batch, PairedBatch) else batch
+        coefficients = term_coefficients(self.terms, batch.loss_mask.sum(), step)
+        return Known(coefficients | term_coefficients(self.corrected, theirs.loss_mask.sum(), step), step)
+
+    def averaged(self, batch: Batch) -> dict[str, AnyTerm]:
+        """The terms that `means` leaves out of the loss: `factors` tell what their totals are multiplied by."""
+        if isinstance(batch, PairedBatch) or self.weighting != "fixed":
+            return dict(self.terms)
+        return {name: term for name, term in self.terms.items() if isinstance(term, HiddenMatch)}
+
+    def means(
+        self, seen: Seen, batch: Batch, parameters: Params, known: Known
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        """(the loss of all terms but the averaged ones, the `Mean` of every term)."""
+        outputs, taught = seen
+        signal = jax.lax.stop_gradient(taught)
+        loss, means = self._on_scores(outputs, signal, batch, parameters, known)
+        for name, term in self.terms.items():
+            if isinstance(term, HiddenMatch):
+                assert signal is not None, "make_train_step refuses these terms without a teacher"
+                own, theirs, mask = outputs.taps[name], signal.taps[name], batch.loss_mask
+                if isinstance(batch, PairedBatch):
+                    own, theirs, mask = at_chunk_ends(batch, own, theirs)
+                means[name] = term(own, theirs, mask, parameters.get(name, {}))
+        if self.corrected and taught is not None:
+            rows, layout = (
+                batch.teacher if isinstance(batch, PairedBatch) else batch,
+                self.teacher_layout or self.layout,
+            )
+            added, found = evaluate_terms(
+                self.corrected,
+                taught,
+                None,
+                **_rows(rows),
+                **known._asdict(),
+                parameters={},
+                chunk=self.chunk,
+                layout=layout,
+            )
+            loss, means = loss + added, means | found
+        return loss, means
+
+    def _on_scores(self, outputs, signal, batch, parameters, known: Known) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        terms = {name: term for name, term in self.terms.items() if not isinstance(term, HiddenMatch)}
+        options: dict[str, Any] = {
+            "parameters": {name: given for name, given in parameters.items() if name in terms},
+            "step": known.step,
+            "chunk": self.chunk,
+            "layout": self.layout,
+            "teacher_layout": self.teacher_layout,
+        }
+        if isinstance(batch, PairedBatch):
+            return jnp.float32(0), aligned_means(terms, outputs, signal, batch, ends=self.ends, **options)
+        plain = {name: term for name, term in terms.items() if isinstance(term, Term)}
+        if len(plain) < len(terms):
+            raise ValueError(
+                f"the terms {sorted(terms.keys() - plain.keys())} compare chunks of two tokenizations, and the "
+                "batch has one; give a PairedBatch (data.pipeline.make_loader with a teacher_tokenizer)."
+            )
+        if self.weighting == "fixed":
+            return evaluate_terms(plain, outputs, signal, **_rows(batch), coefficients=known.coefficients, **options)
+        # Gradients of single terms are asked for, and those need totals that are differentiable.
+        values, count = term_values(plain, outputs, signal, **_rows(batch), **options), batch.loss_mask.sum()
+        return jnp.float32(0), {name: Mean(found.sum(), count) for name, found in values.items()}
+
+    # How averaged terms weigh.
+
+    def factors(self, means: Mapping[str, Mean], batch: Batch, known: Known) -> dict[str, Array]:
+        """What the total of each averaged term is multiplied by, given what `counted` says of the whole batch. With
+        gradients still to be measured: its share alone, see `emphasised`."""
+        averaged = self.averaged(batch)
+        shares = {name: _share(means[name]) for name in averaged}
+        if self.weighting != "fixed":
+            return jax.lax.stop_gradient(shares)
+        weights = {name: at_step(term.weight, known.step) for name, term in averaged.items()}
+        values = {name: (shares[name] * means[name].total).sum() for name in averaged}
+        for name, term in averaged.items():
+            if isinstance(term, HiddenMatch) and (other := term.balance) is not None:
+                inside = other in averaged
+                size = weights[other] * values[other] if inside else known.coefficients[other] * means[other].total
+                # States that are equal but for rounding have nothing to learn, and rounding has a direction.
+                equal = values[name] <= ROUNDING
+                weights[name] *= jnp.where(equal, 0.0, size / jnp.where(equal, 1.0, values[name]))
+        return jax.lax.stop_gradient({name: weights[name] * shares[name] for name in averaged})
+
+    def counted(self, means: Mapping[str, Mean], batch: Batch) -> dict[str, Mean]:
+        """What `factors` reads of means. Totals that it does not read are left out: then nothing computes them."""
+        averaged = self.averaged(batch)
+        balances = {n: term.balance for n, term in averaged.items() if isinstance(term, HiddenMatch) and term.balance}
+        totals = {*balances, *balances.values()}
+        return {
+            name: mean if name in totals else dataclasses.replace(mean, total=jnp.zeros_like(mean.total))
+            for name, mean in means.items()
+            if name in totals or name in averaged
+        }
+
+    def squared_gradients(
+        self, seen: Seen, batch: Batch, parameters: Params, known: Known, factors: Mapping[str, Array]
+    ) -> dict[str, Float[Array, ""]]:
+        """The squared norm of each term's gradient by what the student's layers return; a sum over positions."""
+
+        def values(read):
+            outputs = dataclasses.replace(seen.outputs, hidden=read["hidden"], taps=read["taps"])
+            _, means = self.means(Seen(outputs, seen.taught), batch, parameters, known)
+            return {name: (factor * means[name].total).sum() for name, factor in factors.items()}
+
+        found, back = jax.vjp(values, {"hidden": seen.outputs.hidden, "taps": seen.outputs.taps})
+        squares = {}
+        for name in found:
+            one = {other: jnp.float32(other == name) for other in found}
+            squares[name] = sum(jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(back(one)))
+        return squares
+
+    def emphasised(self, factors: Mapping[str, Array], squares: Mapping[str, Array], known: Known) -> dict[str, Array]:
+        """The factors by which every term's gradient has the size that its weight says."""
+        weights = {name: jnp.float32(at_step(self.terms[name].weight, known.step)) for name in factors}
+        # A term without weight is reported, and a term without gradient has none to be made larger.
+        counts = {name: (weights[name] != 0) & (squares[name] > 0) for name in factors}
+        inverse = {n: jnp.where(counts[n], jax.lax.rsqrt(jnp.where(counts[n], squares[n], 1.0)), 0.0) for n in factors}
+        total = sum(inverse.values())
+        return {
+            name: weights[name] * inverse[name] / jnp.where(total == 0, 1.0, total) * factors[name] for name in factors
+        }
+
+
+def _rows(batch: Batch) -> dict[str, Array]:
+    return {"targets": batch.targets, "loss_mask": batch.loss_mask}
+
+
+def _share(mean: Mean) -> Array:
+    """The factor of each total in a mean's value; of several side by side the value is their mean."""
+    empty = mean.count == 0
+    return jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, mean.count)) / jnp.size(mean.count)
+
+
+def reported(means: Mapping[str, Mean]) -> dict[str, Mean]:
+    """Means as metrics: one total and one count each."""
+    return {
+        name: Mean((_share(mean) * mean.total).sum(), jnp.float32(1)) if jnp.ndim(mean.total) else mean
+        for name, mean in means.items()
+    }
