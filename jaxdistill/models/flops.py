@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from jaxdistill.models.lora import Lora, adapted_kernels
 from jaxdistill.models.schema import locate, schema
 from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
 
@@ -12,8 +13,7 @@ from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
 def product_parameters(config: ModelConfig) -> float:
     """Parameters that multiply a token: all kernels, the head included (also when tied), without the look-up; of a
     mixture the experts that a token chooses."""
-    kernels = sum(_products(config, name) for name in schema(config) if not name.startswith("embedding"))
-    return kernels + (config.vocab * config.embed if config.tied else 0)
+    return sum(_products(config, name) for name in schema(config))
 
 
 def chosen_share(spec: LayerSpec) -> float:
@@ -22,10 +22,10 @@ def chosen_share(spec: LayerSpec) -> float:
 
 
 def _products(config: ModelConfig, name: str) -> float:
-    """How many of a parameter's numbers multiply a token."""
-    if not name.endswith(".kernel"):
-        return 0
+    """How many of a parameter's numbers multiply a token. Those of an embedding do where it is the head."""
     leaf = schema(config)[name]
+    if not leaf.inputs or (name.startswith("embedding") and not config.tied):
+        return 0
     by_experts = leaf.axes[0] == "experts"
     return math.prod(leaf.shape) * (chosen_share(config.layers[int(name.split(".")[1])]) if by_experts else 1)
 
@@ -42,10 +42,25 @@ def training_flops(config: ModelConfig, length: int, *, frozen: Collection[str] 
     Backwards each product has two: one for its input's gradient, and one for its kernel's, which a frozen kernel does
     without. frozen: names in the stacked form (`segments.0.ffn.up.kernel`).
     """
-    spared = 0
-    for name in schema(config):
-        path, _ = locate(config, name)
-        multiplies = config.tied or not name.startswith("embedding")
-        if multiplies and ".".join(path) in frozen:
-            spared += _products(config, name)
+    spared = sum(_products(config, name) for name in schema(config) if ".".join(locate(config, name)[0]) in frozen)
     return 3 * forward_flops(config, length) - 2 * spared
+
+
+def adapter_flops(config: ModelConfig, lora: Lora, *, tokens: int) -> float:
+    """FLOPs per token that adapters add to training beside frozen kernels.
+
+    tokens: of a micro-batch, in each of which effective kernels are formed once for either direction. The gradient of
+    a linear's adapters goes through thin products. Experts' and tables' kernels are differentiated whole, and that is
+    taken apart.
+    """
+    per_token = per_batch = 0.0
+    for path, leaf in adapted_kernels(config, lora).items():
+        spec, forming = leaf.spec, 2 * math.prod(leaf.shape) * lora.rank
+        if path[0] == "segments" and spec.axes[0] != "experts":
+            fans = math.prod(spec.shape[: spec.inputs]) + math.prod(spec.shape[spec.inputs :])
+            per_token += 2 * 2 * lora.rank * fans * len(leaf.members)
+            per_batch += 2 * forming
+        else:
+            per_token += 2 * sum(_products(config, name) for name in leaf.members)
+            per_batch += 4 * forming
+    return per_token + per_batch / tokens

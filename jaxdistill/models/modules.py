@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.attention import RopeTable, rotate
 from jaxdistill.models.experts import choose_experts, run_experts
+from jaxdistill.models.kernels import merged, product
 from jaxdistill.sharding import Axes, Layout
 from jaxdistill.specs import Activation, Attention, GatedMLP, LayerSpec, MixtureOfExperts, ModelConfig, Rope
 
@@ -66,9 +67,12 @@ class Context:
         return value * jnp.take_along_axis(factor[:, None], chosen, axis=-1).astype(value.dtype)
 
 
-def parameter(shape: tuple[int, ...], axes: Axes, initializer: Initializer) -> nnx.Param:
-    """A parameter that names its axes under our own key (flax's own sharding keys act eagerly and want a mesh)."""
-    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes, initializer=initializer)
+def parameter(shape: tuple[int, ...], axes: Axes, initializer: Initializer, *, inputs: int = 0) -> nnx.Param:
+    """A parameter that names its axes under our own key (flax's own sharding keys act eagerly and want a mesh).
+
+    inputs: of a kernel, how many axes a product sums over, which lead but for "experts".
+    """
+    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes, initializer=initializer, inputs=inputs)
 
 
 class RMSNorm(nnx.Module):
@@ -88,22 +92,15 @@ class Linear(nnx.Module):
     """Contracts the first `inputs` axes of a kernel with the last axes of x; adds a bias of the remaining axes."""
 
     def __init__(self, shape: tuple[int, ...], axes: Axes, *, inputs: int, bias: bool, scale: float = 1.0):
-        self.kernel = parameter(shape, axes, normal(scale * math.prod(shape[:inputs]) ** -0.5))
+        self.kernel = parameter(shape, axes, normal(scale * math.prod(shape[:inputs]) ** -0.5), inputs=inputs)
         if bias:
             self.bias = parameter(shape[inputs:], axes[inputs:], zeros)
         self.inputs = inputs
         self.has_bias = bias
 
     def __call__(self, x: Array, context: Context) -> Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        lead, outputs = x.shape[: x.ndim - self.inputs], kernel.shape[self.inputs :]
-        if context.layout.split("length") == 1:
-            # One matrix of all tokens: with two token axes to sum over, XLA copies both operands of the kernel's
-            # gradient into another order first. A split length cannot be merged with the batch, so it keeps both.
-            x = x.reshape(math.prod(lead), math.prod(kernel.shape[: self.inputs]))
-            y = (x @ kernel.reshape(x.shape[1], math.prod(outputs))).reshape(*lead, *outputs)
-        else:
-            y = jnp.tensordot(x, kernel, axes=self.inputs)
+        flat = context.layout.split("length") == 1
+        y = product(x, self.kernel.get_value(), inputs=self.inputs, flat=flat)
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
@@ -161,7 +158,7 @@ class ExpertKernels(nnx.Module):
     """One kernel for each expert."""
 
     def __init__(self, shape: tuple[int, ...], axes: Axes, *, scale: float = 1.0):
-        self.kernel = parameter(shape, axes, normal(scale * shape[1] ** -0.5))
+        self.kernel = parameter(shape, axes, normal(scale * shape[1] ** -0.5), inputs=1)
 
 
 class MixtureFFN(nnx.Module):
@@ -193,7 +190,7 @@ class MixtureFFN(nnx.Module):
             normed,
             chosen,
             context.gated_choices("experts", shares, chosen),
-            {name: getattr(self, name).kernel[...].astype(context.dtype) for name in ("gate", "up", "down")},
+            {n: merged(getattr(self, n).kernel.get_value()).astype(context.dtype) for n in ("gate", "up", "down")},
             activation=ACTIVATIONS[spec.activation],
             factors=None if factors is None else factors.reshape(-1, spec.experts, spec.mlp),
             layout=layout,
@@ -226,7 +223,8 @@ class Table(nnx.Module):
     """One row per vocabulary entry: the embedding, and a head of its own."""
 
     def __init__(self, config: ModelConfig):
-        self.kernel = parameter((config.vocab, config.embed), ("vocab", "embed"), normal(EMBEDDING_STDDEV))
+        shape = config.vocab, config.embed
+        self.kernel = parameter(shape, ("vocab", "embed"), normal(EMBEDDING_STDDEV), inputs=1)
 
 
 class Decoder(nnx.Module):

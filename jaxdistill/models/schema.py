@@ -30,11 +30,15 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter of one layer (or of the model): its shape, the name of each axis, and how it starts."""
+    """One parameter of one layer (or of the model): its shape, the name of each axis, and how it starts.
+
+    inputs: of a kernel, how many axes a product sums over, which lead but for "experts"; 0 for what is no kernel.
+    """
 
     shape: tuple[int, ...]
     axes: Axes
     initializer: Initializer
+    inputs: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ def _declared(node: Any, prefix: str) -> Iterator[tuple[str, ParamSpec]]:
     """The parameters below a module, in the order in which they were declared."""
     if isinstance(node, nnx.Param):
         meta = node.get_metadata()
-        yield prefix, ParamSpec(tuple(node.shape), meta["logical_axes"], meta["initializer"])
+        yield prefix, ParamSpec(tuple(node.shape), meta["logical_axes"], meta["initializer"], meta["inputs"])
     elif isinstance(node, nnx.List):
         for index, child in enumerate(node):
             yield from _declared(child, f"{prefix}.{index}")
@@ -147,7 +151,12 @@ def param_axes(config: ModelConfig) -> Params:
 
 
 def param_shardings(config: ModelConfig, layout: Layout) -> Params:
-    """Where each leaf of the stacked tree lives.
+    """Where each leaf of the stacked tree lives; see `leaf_shardings`."""
+    return leaf_shardings(stacked_schema(config), layout)
+
+
+def leaf_shardings(leaves: Mapping[Path, StackedSpec], layout: Layout) -> Params:
+    """Where leaves live.
 
     Vectors (one axis besides "layers") stay whole on every device: gathering them costs latency and saves nothing.
     """
@@ -156,7 +165,7 @@ def param_shardings(config: ModelConfig, layout: Layout) -> Params:
         axes = leaf.axes if len(leaf.spec.axes) > 1 else (None,) * len(leaf.axes)
         return layout.sharding(axes, leaf.shape)
 
-    return nested({path: place(leaf) for path, leaf in stacked_schema(config).items()})
+    return nested({path: place(leaf) for path, leaf in leaves.items()})
 
 
 def init_params(config: ModelConfig, key: jax.Array, layout: Layout = Layout(), dtype: Any = jnp.float32) -> Params:
@@ -169,6 +178,14 @@ def init_params(config: ModelConfig, key: jax.Array, layout: Layout = Layout(), 
 
 @functools.lru_cache(maxsize=64)
 def _initialiser(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Callable[[jax.Array], Params]:
+    return leaf_initialiser(stacked_schema(config), layout, dtype)
+
+
+def leaf_initialiser(
+    leaves: Mapping[Path, StackedSpec], layout: Layout, dtype: jnp.dtype
+) -> Callable[[jax.Array], Params]:
+    """The compiled function from a key to fresh leaves; see `init_params`."""
+
     def values(leaf: StackedSpec, key: jax.Array) -> jax.Array:
         names = jnp.asarray([zlib.crc32(name.encode()) for name in leaf.members], jnp.uint32)
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(names)
@@ -176,9 +193,9 @@ def _initialiser(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Calla
         return made if leaf.stacked else made[0]
 
     def initialise(key: jax.Array) -> Params:
-        return nested({path: values(leaf, key) for path, leaf in stacked_schema(config).items()})
+        return nested({path: values(leaf, key) for path, leaf in leaves.items()})
 
-    return jax.jit(initialise, out_shardings=param_shardings(config, layout))
+    return jax.jit(initialise, out_shardings=leaf_shardings(leaves, layout))
 
 
 def stack(config: ModelConfig, per_layer: Mapping[str, Any]) -> Params:

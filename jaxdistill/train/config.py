@@ -10,6 +10,7 @@ from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import Execution
+from jaxdistill.models.lora import Lora
 from jaxdistill.optimizer import AdamW, Optimizer, WarmupCosine
 from jaxdistill.prune.choose import Target
 from jaxdistill.prune.measure import Activations, Scorer
@@ -81,9 +82,18 @@ class StudentConfig:
     tokenizer: str | None = None
     """Of a fresh model without a teacher: a path, or "bytes"."""
     trainable: tuple[str, ...] = ("*",)
-    """Shell patterns of the parameters that are trained (`segments.*`, `*.norm.scale`); the rest is frozen."""
+    """Shell patterns of the parameters that are trained (`segments.*`, `*.norm.scale`); the rest is frozen. With
+    `lora`, what is trained in full besides the adapters, and "*" stands for nothing."""
+    lora: Lora | None = None
+    """Train low-rank adapters of the kernels that it names, and merge them into the student that is written. What is
+    frozen then shares the teacher's memory where the student starts from the teacher."""
     execution: Execution = dataclasses.field(default_factory=Execution)
     rules: Rules = DEFAULT_RULES
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The patterns of what is trained in full."""
+        return self.trainable if self.lora is None else tuple(p for p in self.trainable if p != "*")
 
     def __post_init__(self):
         sources = [n for n in ("path", "model") if getattr(self, n) is not None]
@@ -93,6 +103,8 @@ class StudentConfig:
             raise ValueError("StudentConfig.plan and StudentConfig.prune are both given; a plan has its own sizes.")
         if self.model is not None and (self.plan is not None or not self.prune.changes_nothing):
             raise ValueError("StudentConfig.model is made fresh in its own sizes; leave out `prune` and `plan`.")
+        if self.model is not None and self.lora is not None:
+            raise ValueError("StudentConfig.model is made fresh: there is nothing to adapt; leave out `lora`.")
         if self.calibration_batches < 1:
             raise ValueError(f"StudentConfig.calibration_batches is {self.calibration_batches}; it must be at least 1.")
 

@@ -29,6 +29,7 @@ from jaxdistill.data.paths import source_at
 from jaxdistill.data.pipeline import Loader, make_loader
 from jaxdistill.formats.paths import local_path, write_text
 from jaxdistill.models.export import check_exportable, write_hf
+from jaxdistill.models.lora import adapter_schema, merge_adapters
 from jaxdistill.models.schema import count_parameters
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.specs import ModelConfig
@@ -185,8 +186,11 @@ class _Run:
             self.say(f"teacher: {describe(teacher)}")
         kept = "" if self.plan is None else f"; of the original, {self.plan.summary()}"
         self.say(f"student: {describe(self.student.config)}{kept}")
-        student = self.config.student
-        if teacher is not None and self.plan is None and student.path is None and student.model is None:
+        student, lora = self.config.student, self.student.lora
+        if lora is not None:
+            numbers = sum(math.prod(leaf.shape) for leaf in adapter_schema(self.student.config, lora).values())
+            self.say(f"adapters: {numbers:,} parameters of rank {lora.rank}")
+        elif teacher is not None and self.plan is None and student.path is None and student.model is None:
             self.say("the student is the whole teacher; student.prune, plan, path and model make another one")
         self.say(
             f"{self.config.steps} steps of {self.config.data.batch_size} x {self.config.data.length} tokens on "
@@ -381,6 +385,8 @@ class _Run:
         if target.exists():
             return target
         config, params, tokenizer = self.student.config, self._student_params(), self.student.tokenizer
+        if self.student.lora is not None:
+            params = merge_adapters(params, self.student.lora)
         if self.config.export == "huggingface" and not config.homogeneous:
             self.say("the student's layers differ, which Hugging Face's format cannot hold; writing jaxdistill's")
         elif self.config.export == "huggingface" and jax.process_count() > 1:

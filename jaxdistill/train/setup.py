@@ -15,11 +15,13 @@ import numpy as np
 from jaxdistill import partition
 from jaxdistill.assets import cache_directory
 from jaxdistill.checkpoint.open import Model, open_config, open_model
+from jaxdistill.formats.paths import local_path
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
-from jaxdistill.models.decoder import apply
-from jaxdistill.models.flops import forward_flops, training_flops
+from jaxdistill.models.decoder import Execution, apply
+from jaxdistill.models.flops import adapter_flops, forward_flops, training_flops
+from jaxdistill.models.lora import Lora, adapted, adapted_kernels, adapter_shardings, init_adapters
 from jaxdistill.models.schema import init_params, param_shardings
 from jaxdistill.optimizer import side_by_side
 from jaxdistill.prune.choose import choose, equal_importance
@@ -32,7 +34,7 @@ from jaxdistill.specs import ModelConfig
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
 from jaxdistill.tokenizers import Tokenizer, load_tokenizer
 from jaxdistill.train.config import StudentConfig, TrainConfig
-from jaxdistill.types import Batch, Params, TrainState, as_batch
+from jaxdistill.types import Batch, Outputs, Params, Tap, TrainState, as_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,10 @@ class Places:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """What learns: its shape, the leaves that are trained, those that are not, and the tokenizer."""
+    """What learns: its shape, the leaves that are trained (adapters among them), those that are not, and the tokenizer.
+
+    Frozen leaves may be the teacher's own arrays.
+    """
 
     config: ModelConfig
     trainable: Params
@@ -60,6 +65,7 @@ class Student:
     tokenizer: Tokenizer
     plan: PrunePlan | None
     """What was kept of the model it was made from; None when it is whole or fresh."""
+    lora: Lora | None
 
 
 def enable_compilation_cache(choice: str | None) -> None:
@@ -101,21 +107,27 @@ def make_student(
     if chosen.model is not None:
         params = init_params(chosen.model, jax.random.key(config.seed), places.student)
         tokenizer = _fresh_tokenizer(chosen, teacher.tokenizer if teacher else None)
-        return _partitioned(config, chosen.model, params, tokenizer, None)
+        return _partitioned(config, places.student, chosen.model, params, tokenizer)
     source, layout = teacher, places.teacher
-    if chosen.path is not None:
+    if chosen.path is not None and not _shares_teacher(chosen, config.teacher.path):
         source, layout = open_model(chosen.path, layout=places.student), places.student
     assert source is not None, "TrainConfig.check requires a model"
     plan = plan or _plan(config, source, layout, progress)
-    shape, params = source.config, source.params
-    if plan is not None:
-        shape, params = prune_model(shape, params, plan, layout=places.student, norm_repair=chosen.norm_repair)
-        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    elif chosen.path is None:
-        # The student's leaves are donated to the step: they must not be the teacher's own buffers.
-        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
-        params = jax.device_put(params, param_shardings(shape, places.student))
-    return _partitioned(config, shape, params, source.tokenizer, plan)
+    if plan is None:
+        # Leaves that are in their places already stay where they are.
+        params = jax.device_put(source.params, param_shardings(source.config, places.student))
+        return _partitioned(config, places.student, source.config, params, source.tokenizer, borrowed=source is teacher)
+    shape, params = prune_model(
+        source.config, source.params, plan, layout=places.student, norm_repair=chosen.norm_repair
+    )
+    return _partitioned(config, places.student, shape, params, source.tokenizer, plan=plan)
+
+
+def _shares_teacher(chosen: StudentConfig, teacher: str | None) -> bool:
+    """Whether the student's path is the teacher's, and adapters need no second copy of what is there."""
+    if chosen.lora is None or chosen.path is None or teacher is None:
+        return False
+    return local_path(chosen.path).resolve() == local_path(teacher).resolve()
 
 
 def _plan(config: TrainConfig, source: Model, layout: Layout, progress: Progress) -> PrunePlan | None:
@@ -149,13 +161,27 @@ def measure_parts(config: TrainConfig, source: Model, layout: Layout, progress: 
 
 
 def _partitioned(
-    config: TrainConfig, shape: ModelConfig, params: Params, tokenizer: Tokenizer, plan: PrunePlan | None
+    config: TrainConfig,
+    layout: Layout,
+    shape: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    plan: PrunePlan | None = None,
+    borrowed: bool = False,
 ) -> Student:
-    trainable, frozen = partition.split(params, partition.matches(config.student.trainable))
+    """The student of these parameters. borrowed: they are the teacher's. What is trained is donated to the step, so it
+    is float32 of its own; what is frozen stays what it is."""
+    chosen, lora = config.student, config.student.lora
+    trainable, frozen = partition.split(params, partition.matches(chosen.trained))
+    trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=borrowed), trainable)
+    if lora is not None:
+        adapters = init_adapters(shape, lora, jax.random.key(config.seed), layout)
+        trainable = partition.merge(trainable, adapters)
     if not trainable:
         known = ", ".join(list(partition.names(params))[:6])
-        raise ValueError(f"no parameter matches student.trainable {config.student.trainable}; names are like {known}.")
-    return Student(shape, trainable, frozen, tokenizer, plan)
+        raise ValueError(f"no parameter matches student.trainable {chosen.trainable}; names are like {known}.")
+    return Student(shape, trainable, frozen, tokenizer, plan, lora)
 
 
 def shared_tokenizer(config: TrainConfig) -> Tokenizer:
@@ -229,7 +255,20 @@ def check_shapes(config: TrainConfig, plan: PrunePlan | None = None) -> None:
         # Which parts are kept may not be known before they are measured, but how many are.
         plan = plan or choose(source, equal_importance(source), chosen.prune)
         shape = plan.resize(source)
+    _check_adapters(chosen, shape)
     _resolved_terms(config, shape, teacher, plan)
+
+
+def _check_adapters(chosen: StudentConfig, shape: ModelConfig) -> None:
+    if chosen.lora is None:
+        return
+    names = map(".".join, adapted_kernels(shape, chosen.lora))
+    both = list(filter(partition.matches(chosen.trained), names))
+    if both:
+        raise ValueError(
+            f"student.trainable {chosen.trained} and student.lora.targets {chosen.lora.targets} both name {both[0]} "
+            f"({len(both)} kernels in all); a kernel is trained in full or has adapters. Name it in one of them."
+        )
 
 
 def _resolved_terms(
@@ -245,6 +284,21 @@ def _resolved_terms(
     return terms
 
 
+def _apply_student(
+    config: ModelConfig,
+    lora: Lora | None,
+    params: Params,
+    batch: Batch,
+    *,
+    layout: Layout,
+    execution: Execution,
+    taps: Mapping[str, Tap] | None = None,
+) -> Outputs:
+    """The model, with its adapters if it has any."""
+    params = params if lora is None else adapted(params, lora)
+    return apply(config, params, batch, layout=layout, execution=execution, taps=taps)
+
+
 class Programs:
     """The pure steps of a run, jitted for its places."""
 
@@ -257,7 +311,9 @@ class Programs:
         self.held_out_terms = held_out_terms(teacher is not None)
         self.chunk = config.chunk or default_chunk(student.config.vocab // places.student.split("vocab"))
         self._places, self._vocab = places, student.config.vocab
-        forward = functools.partial(apply, student.config, layout=places.student, execution=config.student.execution)
+        forward = functools.partial(
+            _apply_student, student.config, student.lora, layout=places.student, execution=config.student.execution
+        )
         teach = None
         if teacher is not None:
             teach = functools.partial(apply, teacher.config, layout=places.teacher, execution=config.teacher.execution)
@@ -269,9 +325,11 @@ class Programs:
             student_embed=student.config.embed,
             teacher_embed=teacher.config.embed if teacher else student.config.embed,
         )
-        trainable, _ = partition.split(
-            param_shardings(student.config, places.student), partition.matches(config.student.trainable)
-        )
+        everywhere = param_shardings(student.config, places.student)
+        if student.lora is not None:
+            adapters = adapter_shardings(student.config, student.lora, places.student)
+            everywhere = partition.merge(everywhere, adapters)
+        trainable, _ = partition.split(everywhere, partition.names(student.trainable).__contains__)
         learner = None if correction is None or teacher is None else teacher.params
         self._abstract = jax.eval_shape(start, student.trainable, teacher=learner)
         self.shardings = state_shardings(
@@ -307,6 +365,9 @@ class Programs:
         )
         length = config.data.length
         flops = training_flops(student.config, length, frozen=partition.names(student.frozen))
+        if student.lora is not None:
+            tokens = config.data.batch_size * length // config.accumulate
+            flops += adapter_flops(student.config, student.lora, tokens=tokens)
         if teacher is not None:
             flops += (training_flops if correction else forward_flops)(teacher.config, length)
         self.flops_per_step = config.data.batch_size * length * flops
