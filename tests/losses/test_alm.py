@@ -209,6 +209,13 @@ def test_nothing_aligned_is_zero_with_zero_gradient():
     assert not np.asarray(gradient.log_probs).any()
 
 
+def test_the_teacher_is_never_differentiated():
+    own, theirs = paths(2)
+    gradient = jax.grad(lambda path: ALM()(as_path(own), path).total, allow_int=True)(as_path(theirs))
+    assert not np.asarray(gradient.log_probs).any()
+    assert not np.asarray(gradient.ends).any()
+
+
 def test_certain_tokens_keep_gradients_finite():
     """Likelihoods of exactly 1, and ones that rounding put above it."""
     own, theirs = paths(2)
