@@ -32,6 +32,7 @@ FLOORS = {
     "prune": 4,
     "data": 3,
     "models": 3,
+    "align": 2,
     "assets": 2,
     "losses": 2,
     "optimizer": 2,
@@ -44,7 +45,7 @@ FLOORS = {
 }
 """Rooms (a module or a package of jaxdistill each) and their floors, as docs/concepts.md shows them."""
 
-WITHOUT_JAX = ("data", "formats", "tokenizers")
+WITHOUT_JAX = ("align", "data", "formats", "tokenizers")
 """Rooms of NumPy alone: they work in tools and data workers that never start a device backend."""
 
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore"}

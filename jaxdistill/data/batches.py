@@ -6,31 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import grain
-import numpy as np
 
-from jaxdistill.data.packing import to_arrays
+from jaxdistill.data.packing import RowKind
 from jaxdistill.data.shards import VirtualShard
 
 
 class ShardBatches(grain.IterDataset):
     """Endless batches: `rows_per_shard` rows of each shard in turn, as the fields of `types.Batch`."""
 
-    def __init__(self, shards: Sequence[VirtualShard], *, rows_per_shard: int, length: int):
+    def __init__(self, shards: Sequence[VirtualShard], *, rows_per_shard: int, kind: RowKind):
         super().__init__()
-        self._shards, self._rows_per_shard, self._length = shards, rows_per_shard, length
+        self._shards, self._rows_per_shard, self._kind = shards, rows_per_shard, kind
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _ShardBatchIterator(self._shards, self._rows_per_shard, self._length)
+        return _ShardBatchIterator(self._shards, self._rows_per_shard, self._kind)
 
 
 class _ShardBatchIterator(grain.DatasetIterator):
-    def __init__(self, shards: Sequence[VirtualShard], rows_per_shard: int, length: int):
+    def __init__(self, shards: Sequence[VirtualShard], rows_per_shard: int, kind: RowKind):
         super().__init__()
-        self._shards, self._rows_per_shard, self._length = shards, rows_per_shard, length
+        self._shards, self._rows_per_shard, self._kind = shards, rows_per_shard, kind
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
         rows = [shard.next_row() for shard in self._shards for _ in range(self._rows_per_shard)]
-        return to_arrays(rows, self._length)
+        return self._kind.arrays(rows)
 
     def get_state(self) -> dict[str, Any]:
         return {"shards": [shard.state() for shard in self._shards]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import re
@@ -21,6 +22,7 @@ Message = dict[str, Any]
 
 # Unicode noncharacters: they mean nothing in any text, so they can mark spans of rendered text.
 _SPAN_START, _SPAN_END = "\ufdd0", "\ufdd1"
+_CONTENT_START, _CONTENT_END = "\ufdd2", "\ufdd3"
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -59,6 +61,24 @@ def _environment(date: datetime.date) -> jinja2.sandbox.ImmutableSandboxedEnviro
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = date.strftime
     return environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """A tokenized conversation that knows where its messages are.
+
+    ids, supervised, text_bytes: as `ChatFormat.supervise` gives them. offsets: int64 [n, 2], byte offsets into the
+    rendered text. contents: int64 [messages, 2], the byte span of each content there, without the white space around
+    it, which many templates strip; -1 where the template does not write it as it is, or there is nothing to write.
+    turn_ends: int64 [messages], the token that ends an assistant's turn; -1 where there is none.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    text_bytes: np.ndarray
+    offsets: np.ndarray
+    contents: np.ndarray
+    turn_ends: np.ndarray
 
 
 class ChatFormat:
@@ -109,15 +129,60 @@ class ChatFormat:
         Supervised are the assistant's words and the token that ends its turn, not the header of the turn nor what the
         template writes after it. Special tokens stand for 0 bytes of text.
         """
+        return self._supervised(messages)[1:]
+
+    def locate(self, messages: Sequence[Message]) -> Located:
+        """What `supervise` gives, and where the contents of the messages are."""
+        (_, offsets), ids, supervised, text_bytes = self._supervised(messages)
+        contents = self._contents(messages)
+        stops = supervised & np.isin(ids, list(self._stop_ids))
+        turn_ends = np.full(len(messages), -1)
+        for index, (message, (start, end)) in enumerate(zip(messages, contents.tolist(), strict=True)):
+            if message["role"] != "assistant" or start < 0:
+                continue
+            # Before the next header, which is not supervised, and the next content, if there is no header.
+            later = contents[contents[:, 0] >= end, 0].min(initial=offsets[-1, 1])
+            after, before = np.searchsorted(offsets[:, 0], (end, later))
+            run = np.logical_and.accumulate(supervised[after:before])
+            if (run & stops[after:before]).any():
+                turn_ends[index] = after + int(np.argmax(stops[after:before]))
+        return Located(ids, supervised, text_bytes, offsets, contents, turn_ends)
+
+    def _supervised(self, messages: Sequence[Message]) -> tuple[Encoding, np.ndarray, np.ndarray, np.ndarray]:
+        """The encoded conversation, and what `supervise` gives."""
         text, spans = self._marked_spans(messages) if self._marked else self._prefix_spans(messages)
-        ids, offsets = self._tokenizer.encode(text, parse_special=True)
+        encoding = self._tokenizer.encode(text, parse_special=True)
+        ids, offsets = encoding
         supervised = np.zeros(len(ids), bool)
         for start, end in spans:
             # A token that begins before the words holds part of the header, so it is not supervised.
             inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 0] < end))
             supervised[inside[: self._turn_length(ids[inside], offsets[inside], text)]] = True
         widths = np.where(np.isin(ids, self._special_ids), 0, offsets[:, 1] - offsets[:, 0])
-        return ids.astype(np.int32), supervised, widths.astype(np.int32)
+        return encoding, ids.astype(np.int32), supervised, widths.astype(np.int32)
+
+    def _contents(self, messages: Sequence[Message]) -> np.ndarray:
+        """Byte spans of the contents in the rendered text, found by marking one at a time: int64 [messages, 2].
+
+        The marks are inside the white space around a content, so that the template strips what it would strip. A
+        content counts as found if nothing else of the text depends on the marks and it stands between them as it is.
+        """
+        text, spans = self.render(messages), np.full((len(messages), 2), -1)
+        for index, message in enumerate(messages):
+            content = message.get("content")
+            if not isinstance(content, str) or not (words := content.strip()):
+                continue
+            marked = {**message, "content": content.replace(words, _CONTENT_START + words + _CONTENT_END, 1)}
+            try:
+                rendered = self.render([*messages[:index], marked, *messages[index + 1 :]])
+            except ChatTemplateError:
+                continue
+            before, _, rest = rendered.partition(_CONTENT_START)
+            found, _, after = rest.partition(_CONTENT_END)
+            if found == words and before + found + after == text:
+                start = len(before.encode())
+                spans[index] = start, start + len(words.encode())
+        return spans
 
     def _turn_length(self, ids: np.ndarray, offsets: np.ndarray, text: str) -> int:
         """How many tokens of a span belong to the turn: up to its last stop token if only white space follows it."""

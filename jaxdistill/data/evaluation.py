@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import operator
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-
-from jaxdistill.data.packing import FirstFit, Piece, Row, cut, to_arrays
+from jaxdistill.align import Chunks
+from jaxdistill.data.packing import FirstFit, RowKind
+from jaxdistill.data.shards import documents_and_rows
 from jaxdistill.data.sources import Record, Source
-from jaxdistill.data.tokenize import TEMPLATE_DATE, DocumentTokenizer
+from jaxdistill.data.tokenize import TEMPLATE_DATE
 from jaxdistill.tokenizers.base import Tokenizer
 
 _DOCUMENTS_AT_ONCE = 256
@@ -28,7 +30,10 @@ def eval_batches(
     prepend_bos: bool = False,
     append_eos: bool = False,
     date: datetime.date = TEMPLATE_DATE,
-) -> list[dict[str, np.ndarray]]:
+    teacher_tokenizer: Tokenizer | None = None,
+    teacher_length: int | None = None,
+    chunks: Chunks = "minimal",
+) -> list[dict[str, Any]]:
     """All documents as batches of NumPy arrays [batch_size, rows' length], deterministic, the last filled with padding.
 
     A document is cut into consecutive windows of `length` predictions, each seen without what comes before it; the
@@ -40,34 +45,48 @@ def eval_batches(
     `target_bytes` is the documents' bytes less those of their first tokens (and of windows left out). The end token is
     left out by default, since it stands for no bytes and would add to bits per byte. date: the day that chat templates
     are told it is.
+
+    With a `teacher_tokenizer` batches are those of pairs of rows (`data.aligned_rows`), `teacher_length` (None:
+    `length`) positions on the teacher's side: windows end with a `chunks`, and all but the first of a document begin
+    with the chunk before them.
     """
     for name, value in (
         ("length", length),
+        ("teacher_length", teacher_length),
         ("batch_size", batch_size),
         ("windows_per_document", windows_per_document),
         ("max_windows", max_windows),
     ):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
-    tokenize = DocumentTokenizer(tokenizer, prepend_bos=prepend_bos, append_eos=append_eos, date=date)
-    windows: list[Piece] = []
-    for records, field in _chunks(data):
+    tokenize, kind = documents_and_rows(
+        tokenizer,
+        teacher_tokenizer,
+        length=length,
+        teacher_length=teacher_length,
+        chunks=chunks,
+        prepend_bos=prepend_bos,
+        append_eos=append_eos,
+        date=date,
+    )
+    windows: list[Any] = []
+    for records, field in _read(data):
         for document in tokenize(records, [field] * len(records)):
-            windows += cut(document, length=length, long_documents="split")[0][:windows_per_document]
+            windows += kind.cut(document, long_documents="split")[0][:windows_per_document]
         if max_windows is not None and len(windows) >= max_windows:
             windows = windows[:max_windows]
             break
     if not windows:
         raise ValueError("no document has anything to predict: each is empty, a single token, or unsupervised.")
-    shapes = {length: _packed(windows, length)} if pack else _by_length(windows, length)
+    sized = [(kind, _packed(windows, kind))] if pack else _by_length(windows, kind)
     return [
-        to_arrays(list(rows) + [[]] * (batch_size - len(rows)), size)
-        for size, all_rows in shapes.items()
+        kind.arrays(list(rows) + [[]] * (batch_size - len(rows)))
+        for kind, all_rows in sized
         for rows in (all_rows[start : start + batch_size] for start in range(0, len(all_rows), batch_size))
     ]
 
 
-def _chunks(data: Source | Sequence[str]):
+def _read(data: Source | Sequence[str]):
     """Records some at a time, with the field of their text."""
     if isinstance(data, Sequence):
         records: Sequence[Record] = [{"text": text} for text in data]
@@ -79,18 +98,19 @@ def _chunks(data: Source | Sequence[str]):
         yield [records[index] for index in range(start, stop)], field
 
 
-def _packed(windows: list[Piece], length: int) -> list[Row]:
+def _packed(windows: list[Any], kind: RowKind) -> list[list]:
     """All windows, longest first into the first row with room."""
-    packer = FirstFit(length=length, open_rows=len(windows))
-    longest_first = sorted(windows, key=len, reverse=True)
+    packer = FirstFit(length=kind.lengths, open_rows=len(windows))
+    longest_first = sorted(windows, key=lambda window: window.sizes, reverse=True)
     finished = list(itertools.chain.from_iterable(packer.add(window) for window in longest_first))
     return finished + packer.rows
 
 
-def _by_length(windows: list[Piece], length: int) -> dict[int, list[Row]]:
+def _by_length(windows: list[Any], kind: RowKind) -> list[tuple[RowKind, list[list]]]:
     """One window per row, grouped by the shortest of three row lengths that holds it."""
-    sizes = sorted({-(-length // 4), -(-length // 2), length})
-    shapes: dict[int, list[Row]] = {size: [] for size in sizes}
+    kinds = [kind.shortened(4), kind.shortened(2), kind]
+    rows: list[list[list]] = [[] for _ in kinds]
     for window in windows:
-        shapes[next(size for size in sizes if len(window) <= size)].append([window])
-    return {size: rows for size, rows in shapes.items() if rows}
+        fits = (all(map(operator.le, window.sizes, each.lengths)) for each in kinds)
+        rows[list(fits).index(True)].append([window])
+    return [(each, some) for each, some in zip(kinds, rows, strict=True) if some]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -47,17 +47,15 @@ class Statistics:
     supervised: int = 0
     positions: int = 0
 
-    def __add__(self, other: Statistics) -> Statistics:
+    FATES: ClassVar = {name: name for name in ("split", "truncated", "dropped", "unsupervised")}
+    """What is told of documents, and in which words."""
+
+    def __add__(self, other: Self) -> Self:
         # Not `dataclasses.asdict`: this runs once for every document.
-        return Statistics(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return type(self)(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __str__(self) -> str:
-        fates = {
-            "split": self.split,
-            "truncated": self.truncated,
-            "dropped": self.dropped,
-            "unsupervised": self.unsupervised,
-        }
+        fates = {told: getattr(self, name) for name, told in self.FATES.items()}
         told = "".join(f", {count:,} {fate}" for fate, count in fates.items() if count)
         return f"{self.documents:,} documents{told}: {self.rows:,} rows, {self.padding_fraction:.1%} padding"
 
@@ -81,6 +79,11 @@ class Piece:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Its positions in every row that it takes part in: one."""
+        return (len(self),)
 
     @property
     def supervised(self) -> int:
@@ -113,34 +116,55 @@ def cut(
 Row = list[Piece]
 
 
-class FirstFit:
+class Sized(Protocol):
+    """A piece of a document, for whoever packs: its positions in a row, or in each of two rows that go together."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+
+
+P = TypeVar("P", bound=Sized)
+
+
+class FirstFit(Generic[P]):
     """Puts pieces into rows: the first open row with room; a full row, or the fullest of too many, is finished.
 
-    `rows` are the open ones in order of opening. `open_rows` of 1 fills one row after the other.
+    `rows` are the open ones in order of opening. `open_rows` of 1 fills one row after the other. length: positions of a
+    row, or of each of the two rows of a pair. A pair has room where both rows have, and is as full as the fuller one.
     """
 
-    def __init__(self, *, length: int, open_rows: int, rows: Iterable[Row] = ()):
-        self.length, self.open_rows = length, open_rows
-        self.rows: list[Row] = [list(row) for row in rows]
-        self._rooms = [length - sum(map(len, row)) for row in self.rows]
+    def __init__(self, *, length: int | tuple[int, ...], open_rows: int, rows: Iterable[list[P]] = ()):
+        self._lengths = (length,) if isinstance(length, int) else length
+        self.open_rows = open_rows
+        self.rows: list[list[P]] = [list(row) for row in rows]
+        self._rooms = [self._room(row) for row in self.rows]
 
-    def add(self, piece: Piece) -> list[Row]:
+    def add(self, piece: P) -> list[list[P]]:
         """Places a piece; returns the rows that this finished, which are no longer open."""
-        finished = []
-        at = next((at for at, room in enumerate(self._rooms) if room >= len(piece)), None)
+        finished, sizes = [], piece.sizes
+        first, last = sizes[0], sizes[-1]
+        # One or two sizes: this runs for every open row.
+        at = next((at for at, room in enumerate(self._rooms) if room[0] >= first and room[-1] >= last), None)
         if at is None:
             if len(self.rows) == self.open_rows:
-                finished.append(self._finish(self._rooms.index(min(self._rooms))))
+                finished.append(self._finish(min(range(len(self.rows)), key=self._emptiness)))
             at = len(self.rows)
             self.rows.append([])
-            self._rooms.append(self.length)
+            self._rooms.append(self._lengths)
         self.rows[at].append(piece)
-        self._rooms[at] -= len(piece)
-        if self._rooms[at] == 0:
+        self._rooms[at] = tuple(room - size for room, size in zip(self._rooms[at], sizes, strict=True))
+        if min(self._rooms[at]) == 0:
             finished.append(self._finish(at))
         return finished
 
-    def _finish(self, at: int) -> Row:
+    def _room(self, row: list[P]) -> tuple[int, ...]:
+        taken = [piece.sizes for piece in row]
+        return tuple(length - sum(sizes[side] for sizes in taken) for side, length in enumerate(self._lengths))
+
+    def _emptiness(self, at: int) -> float:
+        return min(room / length for room, length in zip(self._rooms[at], self._lengths, strict=True))
+
+    def _finish(self, at: int) -> list[P]:
         self._rooms.pop(at)
         return self.rows.pop(at)
 
@@ -171,3 +195,66 @@ def to_arrays(rows: Sequence[Row], length: int) -> dict[str, np.ndarray]:
             batch["target_bytes"][index, span] = document.text_bytes[targets]
             at = span.stop
     return batch
+
+
+class RowKind(Protocol):
+    """How documents of one kind become rows: what differs between one tokenizer and two."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of a row, or of each of the two rows of a pair."""
+        ...
+
+    @property
+    def nothing(self) -> Any:
+        """The statistics before the first document."""
+        ...
+
+    def cut(self, document: Any, *, long_documents: LongDocuments, origin: tuple[int, ...] = ()) -> tuple[list, Any]:
+        """The pieces of a document, and what was done to it."""
+        ...
+
+    def piece(self, document: Any, start: int, stop: int, origin: tuple[int, ...]) -> Any:
+        """The piece that was cut with this `start` and `stop`."""
+        ...
+
+    def count(self, row: list) -> Any:
+        """The part of the statistics that an emitted row adds."""
+        ...
+
+    def arrays(self, rows: Sequence[list]) -> dict[str, Any]:
+        """Rows as the fields of a batch."""
+        ...
+
+    def shortened(self, divisor: int) -> RowKind:
+        """The same with rows whose lengths are divided, rounded up."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of `length` positions, of one tokenizer's documents."""
+
+    length: int
+    nothing = Statistics()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    def cut(
+        self, document: Tokenized, *, long_documents: LongDocuments, origin: tuple[int, ...] = ()
+    ) -> tuple[list[Piece], Statistics]:
+        return cut(document, length=self.length, long_documents=long_documents, origin=origin)
+
+    def piece(self, document: Tokenized, start: int, stop: int, origin: tuple[int, ...]) -> Piece:
+        return Piece(document, start, stop, origin)
+
+    def count(self, row: Row) -> Statistics:
+        return count_row(row, self.length)
+
+    def arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        return to_arrays(rows, self.length)
+
+    def shortened(self, divisor: int) -> Rows:
+        return Rows(-(-self.length // divisor))

@@ -9,14 +9,13 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
-from jaxdistill.data.packing import LongDocuments, Statistics
+from jaxdistill.align import Chunks
+from jaxdistill.data.packing import LongDocuments, RowKind, Statistics
 from jaxdistill.data.paths import source_at
-from jaxdistill.data.shards import DocumentStreams, RowSettings, VirtualShard
+from jaxdistill.data.shards import DocumentStreams, RowSettings, VirtualShard, documents_and_rows
 from jaxdistill.data.sources import ArrayRecord, Concatenated, JsonLines, Parquet, PlainText
 from jaxdistill.data.tfds_source import Tfds, TfdsDirectory
-from jaxdistill.data.tokenize import TEMPLATE_DATE, DocumentTokenizer
+from jaxdistill.data.tokenize import TEMPLATE_DATE
 from jaxdistill.tokenizers.base import Tokenizer
 
 AnySource = JsonLines | PlainText | Parquet | ArrayRecord | Concatenated | Tfds | TfdsDirectory
@@ -50,6 +49,10 @@ class DataConfig:
     """A mixture, instead of `path`; each source is reshuffled every epoch."""
     length: int = 512
     """Positions in a row."""
+    teacher_length: int | None = None
+    """Positions in a teacher's row, where the teacher has a tokenizer of its own. None: as many as `length`."""
+    chunks: Chunks = "minimal"
+    """What two tokenizers are compared on: runs of tokens that end at the same byte, or those merged to whole words."""
     batch_size: int = 8
     """Rows in a global batch."""
     virtual_shards: int | None = None
@@ -72,9 +75,9 @@ class DataConfig:
     """Batches made ahead, in a thread."""
 
     def __post_init__(self):
-        for name in ("length", "batch_size", "open_rows", "prefetch_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DataConfig.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("length", "teacher_length", "batch_size", "open_rows", "prefetch_batches"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"DataConfig.{name} is {given}; it must be at least 1.")
         if self.path is not None and self.sources:
             raise ValueError("DataConfig.path and DataConfig.sources are both given; give one of them.")
         if not 0 <= self.seed < 2**32:
@@ -83,6 +86,8 @@ class DataConfig:
             raise ValueError(
                 f"DataConfig.long_documents is {self.long_documents!r}; use 'split', 'truncate' or 'drop'."
             )
+        if self.chunks not in ("minimal", "words"):
+            raise ValueError(f"DataConfig.chunks is {self.chunks!r}; use 'minimal' or 'words'.")
         try:
             datetime.date.fromisoformat(self.template_date)
         except ValueError:
@@ -108,11 +113,21 @@ def _largest_divisor(number: int) -> int:
     return max(divisor for divisor in _divisors(number) if divisor <= 64)
 
 
-def make_loader(config: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1) -> Loader:
+def make_loader(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    teacher_tokenizer: Tokenizer | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
     """Opens the data and returns this process's part of the batches, from the beginning.
 
-    Concatenated in the order of processes, the parts are the global batch, whatever the number of processes. Raises
-    `DataError` for unusable data and `ValueError` for a number of processes that does not divide the virtual shards.
+    Concatenated in the order of processes, the parts are the global batch, whatever the number of processes. With a
+    `teacher_tokenizer` the same documents are given in both tokenizations, with their chunks (`data.aligned_rows`):
+    a batch has besides the student's fields "chunks", int32 [rows, length], and "teacher", the same fields of the
+    teacher's rows. Raises `DataError` for unusable data and `ValueError` for a number of processes that does not divide
+    the virtual shards.
     """
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index is {process_index} of {process_count} processes; it counts from 0.")
@@ -128,9 +143,15 @@ def make_loader(config: DataConfig, tokenizer: Tokenizer, *, process_index: int 
         mixture = config.sources
     else:
         raise ValueError("no data: give DataConfig.path (a file or directory) or DataConfig.sources.")
-    append_eos = tokenizer.special.eos is not None if config.append_eos is None else config.append_eos
-    tokenize = DocumentTokenizer(
+    append_eos = config.append_eos
+    if append_eos is None:
+        append_eos = any(each is not None and each.special.eos is not None for each in (tokenizer, teacher_tokenizer))
+    tokenize, kind = documents_and_rows(
         tokenizer,
+        teacher_tokenizer,
+        length=config.length,
+        teacher_length=config.teacher_length,
+        chunks=config.chunks,
         prepend_bos=config.prepend_bos,
         append_eos=append_eos,
         date=datetime.date.fromisoformat(config.template_date),
@@ -138,7 +159,7 @@ def make_loader(config: DataConfig, tokenizer: Tokenizer, *, process_index: int 
     opened = [(part.source.open(), part.source.field) for part in mixture]
     streams = DocumentStreams(opened, [part.weight for part in mixture], virtual_shards=config.shards, seed=config.seed)
     settings = RowSettings(
-        length=config.length, long_documents=config.long_documents, pack=config.pack, open_rows=config.open_rows
+        kind=kind, long_documents=config.long_documents, pack=config.pack, open_rows=config.open_rows
     )
     share = config.shards // process_count
     shards = [
@@ -150,26 +171,46 @@ def make_loader(config: DataConfig, tokenizer: Tokenizer, *, process_index: int 
         "virtual_shards": config.shards,
         "append_eos": append_eos,
         "tokenizer": tokenizer.fingerprint,
-        "chat_template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16],
+        "chat_template": _template_hash(tokenizer),
         "data": [[records.fingerprint, part.weight] for (records, _), part in zip(opened, mixture, strict=True)],
     }
+    if teacher_tokenizer is not None:
+        fingerprint |= {
+            "teacher_length": config.teacher_length or config.length,
+            "chunks": config.chunks,
+            "teacher_tokenizer": teacher_tokenizer.fingerprint,
+            "teacher_chat_template": _template_hash(teacher_tokenizer),
+        }
     first = process_index * share
-    return Loader(shards, first, config, fingerprint)
+    return Loader(shards, first, config, kind, fingerprint)
+
+
+def _template_hash(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16]
 
 
 class Loader:
     """Endless batches of this process's rows, made ahead in a thread, with the state of what was given out.
 
-    A batch is a dict of the fields of `types.Batch` as NumPy arrays [rows, length]. Make one with `make_loader`.
+    A batch is a dict of the fields of `types.Batch` as NumPy arrays [rows, length]. Make one with `make_loader`, which
+    says what else it holds with two tokenizers.
     """
 
-    def __init__(self, shards: list[VirtualShard], first: int, config: DataConfig, fingerprint: dict[str, Any]):
+    def __init__(
+        self,
+        shards: list[VirtualShard],
+        first: int,
+        config: DataConfig,
+        kind: RowKind,
+        fingerprint: dict[str, Any],
+    ):
         from jaxdistill.data.batches import ShardBatches, prefetched
 
         rows_per_shard = config.batch_size // config.shards
-        dataset = ShardBatches(shards, rows_per_shard=rows_per_shard, length=config.length)
+        dataset = ShardBatches(shards, rows_per_shard=rows_per_shard, kind=kind)
         self._names = [str(first + index) for index in range(len(shards))]
         self._fingerprint, self._batches = fingerprint, 0
+        self._nothing: Statistics = kind.nothing
         self._held = [prefetched(dataset, config.prefetch_batches)]
         self._failure: Exception | None = None
         # Without this the thread of a loader that is no longer used would wait for ever; at the interpreter's exit
@@ -183,7 +224,7 @@ class Loader:
     def __iter__(self) -> Loader:
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
         if self._failure is not None:
             raise self._failure
         try:
@@ -237,7 +278,7 @@ class Loader:
     def statistics(self) -> Statistics:
         """What became of this process's documents, up to the last batch it gave out."""
         places = self._iterator.get_state()["shards"]
-        return sum((Statistics(**place["statistics"]) for place in places), Statistics())
+        return sum((type(self._nothing)(**place["statistics"]) for place in places), self._nothing)
 
     def close(self) -> None:
         """Stops the thread; the loader gives nothing out any more."""

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import datetime
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxdistill.data.packing import FirstFit, LongDocuments, Piece, Row, Statistics, count_row, cut
+from jaxdistill.align import Chunks
+from jaxdistill.data.aligned import AlignedTokenizer
+from jaxdistill.data.aligned_rows import AlignedRows
+from jaxdistill.data.packing import FirstFit, LongDocuments, RowKind, Rows
 from jaxdistill.data.permutation import permuted
 from jaxdistill.data.sources import Record, Records
-from jaxdistill.data.tokenize import DocumentTokenizer, Tokenized
+from jaxdistill.data.tokenize import DocumentTokenizer
+from jaxdistill.tokenizers.base import Tokenizer
 
 # 2^64 divided by the golden ratio: multiples of it fill the circle as evenly as any sequence can.
 _GOLDEN_STEP = 0x9E3779B97F4A7C15
@@ -67,10 +72,34 @@ class DocumentStreams:
 class RowSettings:
     """How documents become rows."""
 
-    length: int
+    kind: RowKind
     long_documents: LongDocuments
     pack: bool
     open_rows: int
+
+
+Tokenize = Callable[[Sequence[Record], Sequence[str]], list[Any]]
+"""Records, and the field of each one's text, to documents of the kind that `RowSettings.kind` cuts."""
+
+
+def documents_and_rows(
+    tokenizer: Tokenizer,
+    teacher_tokenizer: Tokenizer | None,
+    *,
+    length: int,
+    teacher_length: int | None,
+    chunks: Chunks,
+    prepend_bos: bool,
+    append_eos: bool,
+    date: datetime.date,
+) -> tuple[Tokenize, RowKind]:
+    """How records become documents, and documents rows, with one tokenizer or with two."""
+    if teacher_tokenizer is None:
+        return DocumentTokenizer(tokenizer, prepend_bos=prepend_bos, append_eos=append_eos, date=date), Rows(length)
+    tokenize = AlignedTokenizer(
+        tokenizer, teacher_tokenizer, prepend_bos=prepend_bos, append_eos=append_eos, date=date, chunks=chunks
+    )
+    return tokenize, AlignedRows(length, teacher_length or length)
 
 
 class VirtualShard:
@@ -80,15 +109,15 @@ class VirtualShard:
     rows as (source, number taken, start, stop).
     """
 
-    def __init__(self, index: int, streams: DocumentStreams, tokenize: DocumentTokenizer, settings: RowSettings):
+    def __init__(self, index: int, streams: DocumentStreams, tokenize: Tokenize, settings: RowSettings):
         self._index, self._streams, self._tokenize, self._settings = index, streams, tokenize, settings
         self._packed = [0] * len(streams)
-        self._ahead: collections.deque[tuple[int, int, Tokenized]] = collections.deque()
+        self._ahead: collections.deque[tuple[int, int, Any]] = collections.deque()
         self._packer = self._new_packer([])
-        self._ready: collections.deque[Row] = collections.deque()
-        self.statistics = Statistics()
+        self._ready: collections.deque[list] = collections.deque()
+        self.statistics = settings.kind.nothing
 
-    def next_row(self) -> Row:
+    def next_row(self) -> list:
         """The next row of this shard."""
         fruitless = 0
         while not self._ready:
@@ -100,7 +129,7 @@ class VirtualShard:
                     "'drop' for documents longer than `length`."
                 )
         row = self._ready.popleft()
-        self.statistics += count_row(row, self._settings.length)
+        self.statistics += self._settings.kind.count(row)
         return row
 
     def state(self) -> dict[str, Any]:
@@ -120,21 +149,21 @@ class VirtualShard:
         """Goes to where a state says; documents of unfinished rows are read and tokenized again."""
         rows = [*state["open"], *state["ready"]]
         names = sorted({(source, taken) for row in rows for source, taken, _, _ in row})
-        documents = dict(zip(names, self._documents(names), strict=True))
+        documents, piece = dict(zip(names, self._documents(names), strict=True)), self._settings.kind.piece
 
         def pieces(rows):
-            return [[Piece(documents[s, taken], start, stop, (s, taken)) for s, taken, start, stop in r] for r in rows]
+            return [[piece(documents[s, taken], start, stop, (s, taken)) for s, taken, start, stop in r] for r in rows]
 
         self._packed = list(state["taken"])
         self._ahead.clear()
         self._packer = self._new_packer(pieces(state["open"]))
         self._ready = collections.deque(pieces(state["ready"]))
-        self.statistics = Statistics(**state["statistics"])
+        self.statistics = type(self._settings.kind.nothing)(**state["statistics"])
 
-    def _new_packer(self, rows: list[Row]) -> FirstFit:
-        return FirstFit(length=self._settings.length, open_rows=self._settings.open_rows, rows=rows)
+    def _new_packer(self, rows: list[list]) -> FirstFit:
+        return FirstFit(length=self._settings.kind.lengths, open_rows=self._settings.open_rows, rows=rows)
 
-    def _documents(self, names: Sequence[tuple[int, int]]) -> list[Tokenized]:
+    def _documents(self, names: Sequence[tuple[int, int]]) -> list[Any]:
         read = [self._streams.record(self._index, source, taken) for source, taken in names]
         return self._tokenize([record for record, _ in read], [field for _, field in read])
 
@@ -155,11 +184,8 @@ class VirtualShard:
             self._look_ahead()
         source, taken, document = self._ahead.popleft()
         self._packed[source] += 1
-        pieces, counted = cut(
-            document,
-            length=self._settings.length,
-            long_documents=self._settings.long_documents,
-            origin=(source, taken),
+        pieces, counted = self._settings.kind.cut(
+            document, long_documents=self._settings.long_documents, origin=(source, taken)
         )
         self.statistics += counted
         for piece in pieces:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class DocumentTokenizer:
 
     def __call__(self, records: Sequence[Record], fields: Sequence[str]) -> list[Tokenized]:
         """Each record as a document, in order; `fields[i]` is where record i keeps plain text."""
-        plain = [i for i, record in enumerate(records) if CONVERSATION not in record and not _is_pair(record)]
+        plain = [i for i, record in enumerate(records) if CONVERSATION not in record and not is_pair(record)]
         encodings = self.tokenizer.encode_batch([records[i][fields[i]] for i in plain])
         texts = dict(zip(plain, encodings, strict=True))
         return [
@@ -72,10 +73,8 @@ class DocumentTokenizer:
         ]
 
     def _structured(self, record: Record) -> Tokenized:
-        try:
-            return self._pair(record) if _is_pair(record) else self._chat(record)
-        except DataError as error:
-            raise type(error)(f"{error} The record begins: {json.dumps(record, ensure_ascii=False)[:120]}") from None
+        with naming(record):
+            return self._pair(record) if is_pair(record) else self._chat(record)
 
     def _pair(self, record: Record) -> Tokenized:
         """The prompt and the completion are encoded apart, so that no token straddles them."""
@@ -118,5 +117,15 @@ class DocumentTokenizer:
         return Tokenized(ids, supervised, text_bytes)
 
 
-def _is_pair(record: Record) -> bool:
+def is_pair(record: Record) -> bool:
+    """Whether a record is a prompt and its completion."""
     return CONVERSATION not in record and all(key in record for key in PAIR)
+
+
+@contextlib.contextmanager
+def naming(record: Record) -> Iterator[None]:
+    """Adds the beginning of the record to an error about it."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"{error} The record begins: {json.dumps(record, ensure_ascii=False)[:120]}") from None

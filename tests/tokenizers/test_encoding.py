@@ -8,21 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import KINDS, TEXTS
 
-from jaxdistill.tokenizers import TokenizerError, load_tokenizer
+from jaxdistill.tokenizers import TokenizerError
 
-KINDS = ("bytes", "byte_level", "byte_level_nfc", "word_piece", "sentencepiece_bpe", "sentencepiece_unigram")
 LOSSLESS = ("bytes", "byte_level", "sentencepiece_bpe")
-
-AWKWARD = ["😀", "👩\u200d👩\u200d👧", "e\u0301", "\u0301", "ﬁ", "①", "東京", "한", " ", "  ", "\n", "\r\n", "\t"]
-AWKWARD += ["\u00a0", "\u3000", "\u200b", "\x00", "\x85", "\ufeff", "the", "Café", "12", "İ", "\U0001f1eb\U0001f1f7"]
-AWKWARD += ["▁", "<|im_end|>", "</s>", "<turn>"]
-TEXTS = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=6)), max_size=12).map("".join)
-
-
-@pytest.fixture(scope="session")
-def loaded(places):
-    return {kind: load_tokenizer(place) for kind, place in places.items()}
 
 
 def assert_contiguous(encoding, text: str) -> None:

@@ -1,0 +1,3 @@
+from tiny_tokenizers import loaded, places
+
+__all__ = ["loaded", "places"]
