@@ -317,12 +317,13 @@ def _together() -> None:
 
 
 MAY_CHANGE = {"out", "candidates", *(f"train.{name}" for name in train_config.MAY_CHANGE)}
+ADDED = {f"train.{name}": value for name, value in train_config.ADDED.items()}
 
 
 def _check_same(file: Path, document: Any) -> None:
     """A search that is resumed compares candidates of one configuration."""
     if file.exists():
-        check_compatible(json.loads(file.read_text()), document, may_change=MAY_CHANGE)
+        check_compatible(json.loads(file.read_text()), document, may_change=MAY_CHANGE, added=ADDED)
 
 
 def _write(config: SearchConfig, out: Path, rows: list[Candidate], *, planned: int) -> None:

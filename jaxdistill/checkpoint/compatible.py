@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 _ABSENT = "absent"
@@ -12,20 +13,25 @@ _NOTHING = (None, [])
 
 
 def check_compatible(
-    saved: Mapping[str, Any], current: Mapping[str, Any], *, may_change: Collection[str] = frozenset()
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    *,
+    may_change: Collection[str] = frozenset(),
+    added: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Refuse a resume that contradicts the saved configuration, listing every differing field.
 
     saved, current: nested configurations of JSON values (tuples count as lists). may_change: dotted names that may
-    differ without changing what was computed so far ("train.steps", "log"); a name covers everything below it.
-    Raises ValueError.
+    differ without changing what was computed so far ("train.steps", "log"); a name covers everything below it. added:
+    dotted names of fields that older configurations lack, and the value that leaves things as they were; for others it
+    is None or nothing. Raises ValueError.
     """
     before, now = dict(_dotted(_plain(saved), "")), dict(_dotted(_plain(current), ""))
     differing = [
         name
         for name in {**before, **now}
         if before.get(name, _ABSENT) != now.get(name, _ABSENT)
-        and not (name not in before and now[name] in _NOTHING)
+        and not (name not in before and now[name] in (*_NOTHING, added.get(name)))
         and not any(name == allowed or name.startswith(f"{allowed}.") for allowed in may_change)
     ]
     if differing:

@@ -245,6 +245,9 @@ MAY_CHANGE = frozenset(
 )
 """What a resume may give differently: nothing here changes what is computed, beyond rounding."""
 
+ADDED = {"data.chunks": "minimal"}
+"""Fields that older runs lack, and the value at which they change nothing."""
+
 
 def batch_divisors(config: TrainConfig, devices: int, *, processes: int = 1) -> None:
     """Refuses a batch that the mesh and accumulation do not divide, with the nearest legal sizes."""

@@ -35,7 +35,7 @@ from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.specs import ModelConfig
 from jaxdistill.tokenizers import Tokenizer
 from jaxdistill.train import progress
-from jaxdistill.train.config import MAY_CHANGE, TrainConfig, as_document, batch_divisors
+from jaxdistill.train.config import ADDED, MAY_CHANGE, TrainConfig, as_document, batch_divisors
 from jaxdistill.train.setup import (
     Places,
     Programs,
@@ -88,7 +88,7 @@ def train(config: TrainConfig) -> Result:
         latest = checkpoints.latest()
         saved = {} if latest is None else checkpoints.info(latest)
         if latest is not None:
-            check_compatible(saved["config"], as_document(config), may_change=MAY_CHANGE)
+            check_compatible(saved["config"], as_document(config), may_change=MAY_CHANGE, added=ADDED)
         run = _Run(config, directory, checkpoints, saved)
         run.refuse_foreign_student(latest)
         if latest is not None and run.exported() and latest >= config.steps:

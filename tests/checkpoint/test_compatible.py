@@ -32,6 +32,14 @@ def test_a_field_that_is_newer_than_the_run_may_say_nothing():
         check_compatible(SAVED, changed(steps=None))
 
 
+def test_a_newer_field_may_be_at_the_value_that_changes_nothing():
+    check_compatible(SAVED, changed(unit="words"), added={"train.unit": "words"})
+    with pytest.raises(ValueError, match=r"train\.unit: absent / 'lines'"):
+        check_compatible(SAVED, changed(unit="lines"), added={"train.unit": "words"})
+    with pytest.raises(ValueError, match=r"train\.steps: 100 / 200"):
+        check_compatible(SAVED, changed(steps=200), added={"train.steps": 200})
+
+
 def test_every_differing_field_is_listed_with_both_values():
     current = {
         "train": {"steps": 200, "learning_rate": 0.2, "tags": ["a"]},
