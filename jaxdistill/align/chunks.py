@@ -52,21 +52,22 @@ def align(student: Placed, teacher: Placed, *, chunks: Chunks = "minimal") -> Al
     """
     sides = (student, teacher)
     counts = [_counts(side) for side in sides]
-    sizes = _sizes(sides, counts)
+    sizes, common = _sizes(sides, counts)
     # Each text has a place of its own to start from, where no token of another one ends.
     bases = np.cumsum(sizes + 1) - (sizes + 1)
     ends = [side.ends + np.repeat(bases, count) for side, count in zip(sides, counts, strict=True)]
-    ended = [_marks(places, bases, sizes) for places in ends]
-    shared = [
-        _wide(places, count, bases) & other[places]
-        for places, count, other in zip(ends, counts, reversed(ended), strict=True)
-    ]
+    borders = [_marks(places, bases, sizes) for places in ends]
     if chunks == "words":
-        opening = [_opening(*each) for each in zip(sides, ends, counts, [bases] * 2, strict=True)]
-        closed = np.logical_and(*(_marks(places, bases, sizes) for places in opening))
-        closed[bases + sizes] = True
-        shared = [found & closed[places] for found, places in zip(shared, ends, strict=True)]
-    return Alignment(*(_numbered(*each) for each in zip(sides, shared, counts, strict=True)))
+        opening = [_opening(*each, bases) for each in zip(sides, ends, counts, strict=True)]
+        begun = np.logical_and(*(_marks(places, bases, sizes) for places in opening))
+        borders = [own & begun for own in borders]
+    ids = []
+    for side, places, count, other in zip(sides, ends, counts, reversed(borders), strict=True):
+        closing = other[places]
+        # Of tokens that end at one place, all but the first are zero wide and close nothing.
+        closing[1:] &= places[1:] > places[:-1]
+        ids.append(_numbered(side, closing, count, common))
+    return Alignment(*ids)
 
 
 def boundary_mask(
@@ -86,52 +87,43 @@ def _counts(side: Placed) -> np.ndarray:
     return np.asarray([len(side.ends)] if side.counts is None else side.counts, np.int64)
 
 
-def _sizes(sides: Sequence[Placed], counts: Sequence[np.ndarray]) -> np.ndarray:
-    """The length of every text, int64 [texts]."""
+def _sizes(sides: Sequence[Placed], counts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The length of every text, int64 [texts], and whether both sides have something of it, bool [texts]."""
     student, teacher = (
         np.where(count > 0, np.append(side.ends, 0)[np.cumsum(count) - 1], 0)
         for side, count in zip(sides, counts, strict=True)
     )
-    for text in np.flatnonzero((student != teacher) & (student > 0) & (teacher > 0)):
+    common = (student > 0) & (teacher > 0)
+    for text in np.flatnonzero((student != teacher) & common):
         raise ValueError(
             f"text {text} ends at {student[text]} for the student and at {teacher[text]} for the teacher; give two "
             "tokenizations of the same text, with what only one of them has as zero wide."
         )
-    return np.maximum(student, teacher)
+    return np.maximum(student, teacher), common
 
 
 def _marks(places: np.ndarray, bases: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Which places of the coordinate through all texts are given, bool [places]."""
+    """Which places of the coordinate through all texts are given, bool [places]: those between a text's two ends."""
     marks = np.zeros(int(np.sum(sizes + 1)), bool)
     marks[places] = True
+    marks[bases] = marks[bases + sizes] = False
     return marks
-
-
-def _starts(ends: np.ndarray, counts: np.ndarray, bases: np.ndarray) -> np.ndarray:
-    """Where each token starts, in the coordinate through all texts."""
-    starts, some = np.empty_like(ends), counts > 0
-    starts[1:] = ends[:-1]
-    starts[(np.cumsum(counts) - counts)[some]] = bases[some]
-    return starts
-
-
-def _wide(ends: np.ndarray, counts: np.ndarray, bases: np.ndarray) -> np.ndarray:
-    """Whether each token has any width: of several that end at one place, the first alone has."""
-    return _starts(ends, counts, bases) < ends
 
 
 def _opening(side: Placed, ends: np.ndarray, counts: np.ndarray, bases: np.ndarray) -> np.ndarray:
     """Where a word may begin on one side."""
     if side.opens is None:
         raise ValueError("chunks of words need `opens`, for both sides: whether a word may begin with a token.")
-    return _starts(ends, counts, bases)[side.opens if side.inside is None else side.opens & side.inside]
+    starts, some = np.empty_like(ends), counts > 0
+    starts[1:] = ends[:-1]
+    starts[(np.cumsum(counts) - counts)[some]] = bases[some]
+    return starts[side.opens if side.inside is None else side.opens & side.inside]
 
 
-def _numbered(side: Placed, shared: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Chunk ids, from the tokens that end a chunk, bool [tokens]."""
-    stops = np.cumsum(counts)
-    passed = np.zeros(len(shared) + 1, np.int32)
-    np.cumsum(shared, out=passed[1:])
-    before, after = passed[stops - counts], passed[stops]
-    ids = np.minimum(passed[:-1] + 1, np.repeat(after, counts)) - np.repeat(before, counts)
+def _numbered(side: Placed, closing: np.ndarray, counts: np.ndarray, common: np.ndarray) -> np.ndarray:
+    """Chunk ids, from the tokens after which another chunk begins, bool [tokens]."""
+    passed = np.zeros(len(closing) + 1, np.int32)
+    np.cumsum(closing, out=passed[1:])
+    before = passed[np.cumsum(counts) - counts]
+    ids = passed[:-1] + np.repeat(common.astype(np.int32) - before, counts)
     return ids if side.inside is None else ids * side.inside
