@@ -112,7 +112,7 @@ def paired_batch(
     vocab: int = 64,
     teacher_vocab: int = 64,
 ) -> PairedBatch:
-    """Random tokens under a random alignment; a segment's targets are supervised, in chunks or not."""
+    """Random tokens under a random alignment; most of a segment's targets are supervised, in chunks or not."""
     found = random_alignment(seed, rows=rows, length=length, teacher_length=teacher_length)
     rng = np.random.default_rng(seed + 500)
 
@@ -123,7 +123,7 @@ def paired_batch(
         return Batch(
             tokens=jnp.asarray(tokens[:, :-1], jnp.int32),
             targets=jnp.asarray(tokens[:, 1:], jnp.int32),
-            loss_mask=jnp.asarray(segments > 0, jnp.float32),
+            loss_mask=jnp.asarray((segments > 0) & (rng.uniform(size=segments.shape) < 0.8), jnp.float32),
             positions=jnp.asarray(counted - np.maximum.accumulate(np.where(starts, counted, 0), axis=1), jnp.int32),
             segment_ids=jnp.asarray(segments),
             target_bytes=jnp.ones(segments.shape, jnp.int32),

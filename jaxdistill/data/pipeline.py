@@ -211,6 +211,8 @@ class Loader:
         self._names = [str(first + index) for index in range(len(shards))]
         self._fingerprint, self._batches = fingerprint, 0
         self._nothing: Statistics = kind.nothing
+        self.empty: dict[str, Any] = kind.arrays([[]] * rows_per_shard * len(shards))
+        """A batch of padding alone."""
         self._held = [prefetched(dataset, config.prefetch_batches)]
         self._failure: Exception | None = None
         # Without this the thread of a loader that is no longer used would wait for ever; at the interpreter's exit

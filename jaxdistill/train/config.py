@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxdistill.checkpoint.retention import Retention
 from jaxdistill.data.pipeline import DataConfig
+from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import Execution
 from jaxdistill.models.lora import Lora
+from jaxdistill.objective import Weighting
 from jaxdistill.optimizer import AdamW, Optimizer, WarmupCosine
 from jaxdistill.prune.choose import Target
 from jaxdistill.prune.measure import Activations, Scorer
@@ -80,7 +82,7 @@ class StudentConfig:
     model: ModelConfig | None = None
     """A fresh model of this shape, instead of one on disk."""
     tokenizer: str | None = None
-    """Of a fresh model without a teacher: a path, or "bytes"."""
+    """Of a fresh model: a path, or "bytes". None is the teacher's."""
     trainable: tuple[str, ...] = ("*",)
     """Shell patterns of the parameters that are trained (`segments.*`, `*.norm.scale`); the rest is frozen. With
     `lora`, what is trained in full besides the adapters, and "*" stands for nothing."""
@@ -164,8 +166,11 @@ class TrainConfig:
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    losses: dict[str, Term | HiddenMatch] = dataclasses.field(default_factory=lambda: {"kl": ForwardKL()})
-    """The objective: the sum of these terms, each times its weight."""
+    losses: dict[str, Term | HiddenMatch | ALM] = dataclasses.field(default_factory=lambda: {"kl": ForwardKL()})
+    """The objective: the sum of these terms, each times its weight. With `ALM` among them the text goes through both
+    models' tokenizers, which may differ."""
+    weighting: Weighting = "fixed"
+    """Or "gradient_magnitude": every term moves the student as much as its weight says, see `objective.Weighting`."""
     optimizer: Optimizer = dataclasses.field(default_factory=lambda: AdamW(learning_rate=WarmupCosine(peak=1e-4)))
     steps: int = 1000
     accumulate: int = 1
@@ -196,6 +201,10 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.chunk is {self.chunk}; it must be at least 1, or None.")
         if not self.losses:
             raise ValueError("TrainConfig.losses is empty; give at least one term.")
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(
+                f"TrainConfig.weighting is {self.weighting!r}; allowed are {', '.join(get_args(Weighting))}."
+            )
         on_states = {name: term for name, term in self.losses.items() if isinstance(term, HiddenMatch)}
         for name, term in on_states.items():
             others = sorted(self.losses.keys() - on_states.keys())
@@ -203,6 +212,16 @@ class TrainConfig:
                 raise ValueError(
                     f"losses.{name} is balanced with {term.balance!r}; allowed are the terms on scores: {others}."
                 )
+            if term.balance is not None and self.weighting != "fixed":
+                raise ValueError(
+                    f"losses.{name} is balanced with {term.balance!r}, and weighting is {self.weighting}: both set its "
+                    "size. Leave one of them out."
+                )
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the text goes through the tokenizers of both models."""
+        return any(isinstance(term, ALM) for term in self.losses.values())
 
     def check(self) -> None:
         """Refuses what cannot run, before any device is touched."""
@@ -213,14 +232,20 @@ class TrainConfig:
         if self.teacher.path is None and self.student.path is None and self.student.model is None:
             raise ValueError("no model; give --teacher.path DIR (and --student.path DIR for a student of its own).")
         self._check_teacher()
+        if self.data.teacher_length is not None and not self.aligned:
+            raise ValueError(
+                "data.teacher_length is set and no loss compares two tokenizations; leave it out, or add an ALM term."
+            )
         if self.teacher.path is None and self.student.model is not None and self.student.tokenizer is None:
             raise ValueError('a fresh student without a teacher needs --student.tokenizer PATH, or "bytes".')
 
     def _check_teacher(self) -> None:
         """Refuses what needs a teacher where there is none."""
-        needs = [name for name, term in self.losses.items() if isinstance(term, HiddenMatch)]
+        needs = [name for name, term in self.losses.items() if isinstance(term, HiddenMatch | ALM)]
         if self.teacher.path is None and needs:
-            raise ValueError(f"losses {needs} compare hidden states and there is no teacher; give --teacher.path DIR.")
+            raise ValueError(
+                f"losses {needs} compare the student with a teacher and there is none; give --teacher.path DIR."
+            )
         if self.teacher.path is None and self.teacher.correction is not None:
             raise ValueError("teacher.correction is set and there is no teacher; give --teacher.path DIR.")
 
@@ -265,11 +290,12 @@ def batch_divisors(config: TrainConfig, devices: int, *, processes: int = 1) -> 
             f"data {sizes['data']} x fsdp {sizes['fsdp']} devices split the rows of a batch, which {processes} "
             "processes do not divide; every process feeds rows of its own: give data or fsdp a multiple of them."
         )
-    if config.data.length % sizes["sequence"]:
-        raise ValueError(
-            f"data.length is {config.data.length}, which {sizes['sequence']} sequence shards do not divide; "
-            f"use a multiple of {sizes['sequence']}."
-        )
+    for name in ("length", "teacher_length"):
+        length, shards = getattr(config.data, name) or 0, sizes["sequence"]
+        if length % shards:
+            raise ValueError(
+                f"data.{name} is {length}, which {shards} sequence shards do not divide; use a multiple of {shards}."
+            )
 
 
 def as_document(config: Any) -> Any:

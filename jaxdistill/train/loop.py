@@ -17,34 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxdistill import partition
 from jaxdistill.checkpoint.compatible import check_compatible
 from jaxdistill.checkpoint.model import save_model
 from jaxdistill.checkpoint.run import RunCheckpoints
 from jaxdistill.data.evaluation import eval_batches
-from jaxdistill.data.packing import to_arrays
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.pipeline import Loader, make_loader
 from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.losses.alm import ALM
 from jaxdistill.models.export import check_exportable, write_hf
 from jaxdistill.models.lora import adapter_schema, merge_adapters
 from jaxdistill.models.schema import count_parameters
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.specs import ModelConfig
-from jaxdistill.tokenizers import Tokenizer
 from jaxdistill.train import progress
 from jaxdistill.train.config import ADDED, MAY_CHANGE, TrainConfig, as_document, batch_divisors
 from jaxdistill.train.setup import (
     Places,
     Programs,
+    Tokenizers,
     check_shapes,
     enable_compilation_cache,
     join_processes,
     make_student,
     open_teacher,
-    shared_tokenizer,
+    tokenizers_of,
 )
 from jaxdistill.train.stop import stop_requests
 from jaxdistill.types import Mean, Params, TrainState
@@ -125,10 +124,10 @@ class _Run:
         """Everything up to the first step, from the checkpoint `resumed` if there is one."""
         config, places = self.config, Places.of(self.config)
         with self.clock.measure("open data"):
-            tokenizer = shared_tokenizer(config)
+            texts = tokenizers_of(config)
             check_shapes(config, self.plan)
-            self.loader = self._loader(tokenizer)
-            self.held_out_batches = held_out_batches(config, tokenizer)
+            self.loader = self._loader(texts)
+            self.held_out_batches = held_out_batches(config, texts)
         with self.clock.measure("open models"):
             teacher = open_teacher(config, places)
         with self.clock.measure("make the student"):
@@ -150,9 +149,13 @@ class _Run:
         self._write_description()
         self._announce(resumed, None if teacher is None else teacher.config)
 
-    def _loader(self, tokenizer: Tokenizer) -> Loader:
+    def _loader(self, texts: Tokenizers) -> Loader:
         return make_loader(
-            self.config.data, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
+            self.config.data,
+            texts.rows,
+            teacher_tokenizer=texts.teachers_rows,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
 
     def _calibrated(self, done: int, total: int) -> None:
@@ -213,8 +216,7 @@ class _Run:
 
     def _compile(self) -> None:
         with self.clock.measure("compile"):
-            own_rows = self.config.data.batch_size // jax.process_count()
-            batch = self.programs.put(to_arrays([[]] * own_rows, self.config.data.length))
+            batch = self.programs.put(self.loader.empty)
             self.say("compiling the train step")
             arguments = (self.state, self.student.frozen, self.fixed_teacher, batch)
             self.train_step = self.programs.train_step.lower(*arguments).compile()
@@ -340,16 +342,16 @@ class _Run:
             sums = progress.host_sum(sums, jax.device_get(means))
         bits = sums["cross_entropy"].total / math.log(2) / max(1, supervised_bytes)
         found = {"cross_entropy_nats": progress.mean(sums["cross_entropy"]), "bits_per_byte": bits}
-        if teacher is not None:
-            found = {"kl_nats": progress.mean(sums["kl"]), "agreement": progress.mean(sums["agreement"])} | found
-        return found
+        compared = {"kl": "kl_nats"}  # with their units; other terms have none
+        return {compared.get(n, n): progress.mean(mean) for n, mean in sums.items() if n != "cross_entropy"} | found
 
     def _student_params(self) -> Params:
         return partition.merge(self.state.params["student"], self.student.frozen)
 
     def _save(self) -> None:
         """Starts saving. A checkpoint that was not evaluated (a stop between evaluations) is never the best."""
-        metric = self.held_out.get("kl_nats", self.held_out.get("bits_per_byte"))
+        closeness = ["kl_nats", *(name for name, term in self.config.losses.items() if isinstance(term, ALM))]
+        metric = next((self.held_out[name] for name in (*closeness, "bits_per_byte") if name in self.held_out), None)
         data = self.loader.state()
         info = {
             "config": as_document(self.config),
@@ -414,15 +416,18 @@ class _Run:
         return Result(self.directory, self.step, student, self.plan, self.held_out, dict(self.clock.parts))
 
 
-def held_out_batches(config: TrainConfig, tokenizer: Tokenizer) -> list[dict[str, np.ndarray]]:
+def held_out_batches(config: TrainConfig, texts: Tokenizers) -> list[dict[str, Any]]:
     """The batches of held-out text, the same on all processes; none without a path."""
     held_out, data = config.held_out, config.data
     if held_out.path is None:
         return []
     return eval_batches(
         source_at(held_out.path, field=data.field, split=held_out.split),
-        tokenizer,
+        texts.rows,
+        teacher_tokenizer=texts.teachers_rows,
         length=data.length,
+        teacher_length=data.teacher_length,
+        chunks=data.chunks,
         batch_size=data.batch_size,
         max_windows=held_out.windows,
         # As the models see text in training: some read badly without the token that begins it.

@@ -7,15 +7,19 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import partition
+from jaxdistill.align import boundary_mask
 from jaxdistill.assets import cache_directory
 from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.formats.paths import local_path
+from jaxdistill.losses.aligned import Ends
+from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
@@ -23,6 +27,7 @@ from jaxdistill.models.decoder import Execution, apply
 from jaxdistill.models.flops import adapter_flops, forward_flops, training_flops
 from jaxdistill.models.lora import Lora, adapted, adapted_kernels, adapter_shardings, init_adapters
 from jaxdistill.models.schema import init_params, param_shardings
+from jaxdistill.objective import AnyTerm
 from jaxdistill.optimizer import side_by_side
 from jaxdistill.prune.choose import choose, equal_importance
 from jaxdistill.prune.importance import Importance
@@ -184,9 +189,18 @@ def _partitioned(
     return Student(shape, trainable, frozen, tokenizer, plan, lora)
 
 
-def shared_tokenizer(config: TrainConfig) -> Tokenizer:
-    """The tokenizer that the text goes through. Refuses a teacher and a student whose ids do not mean the same tokens,
-    and rows longer than the context of one of them.
+@dataclasses.dataclass(frozen=True)
+class Tokenizers:
+    """What the text of a run goes through. rows: for the rows that the student reads. teachers_rows: for those of the
+    teacher, None where it reads the student's."""
+
+    rows: Tokenizer
+    teachers_rows: Tokenizer | None = None
+
+
+def tokenizers_of(config: TrainConfig) -> Tokenizers:
+    """The tokenizers of a run. Refuses terms that compare ids where student and teacher have different ones, and rows
+    longer than the context of a model.
 
     Reads descriptions and tokenizers, no arrays.
     """
@@ -197,17 +211,26 @@ def shared_tokenizer(config: TrainConfig) -> Tokenizer:
         student = open_config(config.student.path), load_tokenizer(config.student.path)
     elif config.student.model is not None:
         student = config.student.model, _fresh_tokenizer(config.student, teacher[1] if teacher else None)
-    for name, model in (("teacher", teacher), ("student", student)):
-        if model and config.data.length > model[0].max_length:
-            raise ValueError(
-                f"data.length is {config.data.length} and the {name}'s context {model[0].max_length} tokens; "
-                f"use rows of at most {model[0].max_length}."
-            )
+    _check_length("student", student, config.data.length, "length")
+    teachers_own = config.aligned and config.data.teacher_length is not None
+    rows = ("teacher_length", config.data.teacher_length) if teachers_own else ("length", config.data.length)
+    _check_length("teacher", teacher, rows[1] or 0, rows[0])
+    chosen = student or teacher
+    assert chosen is not None, "TrainConfig.check requires a model"
+    if config.aligned:
+        assert teacher is not None, "TrainConfig.check requires a teacher for terms that compare with one"
+        return Tokenizers(chosen[1], teacher[1])
     if teacher and student:
         _check_same_tokens(teacher, student)
-    chosen = teacher or student
-    assert chosen is not None, "TrainConfig.check requires a model"
-    return chosen[1]
+    return Tokenizers((teacher or chosen)[1])
+
+
+def _check_length(name: str, model: tuple[ModelConfig, Tokenizer] | None, length: int, field: str) -> None:
+    if model is not None and length > model[0].max_length:
+        raise ValueError(
+            f"data.{field} is {length} and the {name}'s context {model[0].max_length} tokens; use rows of at most "
+            f"{model[0].max_length}."
+        )
 
 
 def _fresh_tokenizer(chosen: StudentConfig, teachers: Tokenizer | None) -> Tokenizer:
@@ -226,7 +249,8 @@ def _check_same_tokens(teacher: tuple[ModelConfig, Tokenizer], student: tuple[Mo
     if teacher[0].vocab != student[0].vocab:
         raise ValueError(
             f"the teacher's vocabulary has {teacher[0].vocab} ids and the student's {student[0].vocab}; losses on "
-            "scores need the same ids. Start the student from the teacher, or from a model of its family."
+            "scores need the same ids. Start the student from the teacher or a model of its family, or compare texts "
+            "instead of ids, with an ALM term (configs/across_tokenizers.py)."
         )
     if teacher[1].fingerprint == student[1].fingerprint:
         return
@@ -236,7 +260,8 @@ def _check_same_tokens(teacher: tuple[ModelConfig, Tokenizer], student: tuple[Mo
         example = f"; id {differing[0]} is {mine[differing[0]]!r} / {theirs[differing[0]]!r}" if differing else ""
         raise ValueError(
             f"student and teacher have vocabularies of {len(mine)} and {len(theirs)} tokens that differ in "
-            f"{len(differing)} ids{example}. Losses on scores need the same tokens."
+            f"{len(differing)} ids{example}. Losses on scores need the same tokens; an ALM term compares texts instead "
+            "(configs/across_tokenizers.py)."
         )
 
 
@@ -273,7 +298,7 @@ def _check_adapters(chosen: StudentConfig, shape: ModelConfig) -> None:
 
 def _resolved_terms(
     config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, plan: PrunePlan | None
-) -> dict[str, Term | HiddenMatch]:
+) -> dict[str, AnyTerm]:
     """The objective's terms, those on hidden states with the layers that they compare."""
     kept = None if plan is None or config.student.path is not None else plan.layers
     terms = dict(config.losses)
@@ -308,7 +333,9 @@ class Programs:
         if correction is not None:
             self.optimizer = side_by_side(self.optimizer, correction.optimizer.build(config.steps))
         self.terms = _resolved_terms(config, student.config, teacher.config if teacher else None, student.plan)
-        self.held_out_terms = held_out_terms(teacher is not None)
+        self.held_out_terms = held_out_terms(config, with_teacher=teacher is not None)
+        self._teacher_vocab = None if teacher is None else teacher.config.vocab
+        ends = {} if teacher is None else ends_of_chunks(self.terms, student.tokenizer, teacher.tokenizer)
         self.chunk = config.chunk or default_chunk(student.config.vocab // places.student.split("vocab"))
         self._places, self._vocab = places, student.config.vocab
         forward = functools.partial(
@@ -351,6 +378,8 @@ class Programs:
             teacher_layout=places.teacher,
             gradient_shardings=self.shardings.params if places.student.mesh is not None else None,
             correction=None if correction is None else correction.losses,
+            ends=ends,
+            weighting=config.weighting,
         )
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         self.eval_step = jax.jit(
@@ -361,15 +390,17 @@ class Programs:
                 chunk=self.chunk,
                 layout=places.student,
                 teacher_layout=places.teacher,
+                ends=ends,
             )
         )
         length = config.data.length
+        teachers = (config.data.teacher_length or length) if config.aligned else length
         flops = training_flops(student.config, length, frozen=partition.names(student.frozen))
         if student.lora is not None:
             tokens = config.data.batch_size * length // config.accumulate
             flops += adapter_flops(student.config, student.lora, tokens=tokens)
         if teacher is not None:
-            flops += (training_flops if correction else forward_flops)(teacher.config, length)
+            flops += (training_flops if correction else forward_flops)(teacher.config, teachers) * teachers / length
         self.flops_per_step = config.data.batch_size * length * flops
 
     def start(self, trainable: Params, teacher: Params | None) -> TrainState:
@@ -382,16 +413,31 @@ class Programs:
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), self._abstract, self.shardings
         )
 
-    def put(self, rows: Mapping[str, np.ndarray]) -> Batch:
+    def put(self, rows: Mapping[str, Any]) -> Batch:
         """This process's rows of a batch, on the devices."""
-        return put_batch(self._places.student, as_batch(rows, vocab=self._vocab))
+        return put_batch(self._places.student, self._batch(rows))
 
-    def put_global(self, rows: Mapping[str, np.ndarray]) -> Batch:
+    def put_global(self, rows: Mapping[str, Any]) -> Batch:
         """Rows that every process holds, on the devices."""
-        return put_global_batch(self._places.student, as_batch(rows, vocab=self._vocab))
+        return put_global_batch(self._places.student, self._batch(rows))
+
+    def _batch(self, rows: Mapping[str, Any]) -> Batch:
+        return as_batch(rows, vocab=self._vocab, teacher_vocab=self._teacher_vocab)
 
 
-def held_out_terms(with_teacher: bool) -> dict[str, Term]:
-    """What is measured on held-out text."""
-    terms: dict[str, Term] = {"cross_entropy": CrossEntropy()}
+def held_out_terms(config: TrainConfig, *, with_teacher: bool) -> dict[str, Term | ALM]:
+    """What is measured on held-out text; across tokenizers, besides the student itself, the terms that match texts."""
+    terms: dict[str, Term | ALM] = {"cross_entropy": CrossEntropy()}
+    if config.aligned:
+        return terms | {name: term for name, term in config.losses.items() if isinstance(term, ALM)}
     return terms | {"kl": ForwardKL(), "agreement": TopOneAgreement()} if with_teacher else terms
+
+
+def ends_of_chunks(terms: Mapping[str, AnyTerm], student: Tokenizer, teacher: Tokenizer) -> dict[str, Ends]:
+    """Of each `ALM` term the ids of both tokenizers that can follow the end of a chunk."""
+
+    def ids(tokenizer: Tokenizer, term: ALM) -> np.ndarray:
+        white_space = "".join(term.white_space).encode()
+        return boundary_mask(tokenizer.token_bytes(), tokenizer.special.all.values(), white_space=white_space)
+
+    return {name: Ends(ids(student, term), ids(teacher, term)) for name, term in terms.items() if isinstance(term, ALM)}

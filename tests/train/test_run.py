@@ -39,6 +39,7 @@ from jaxdistill.train.config import (
     TrainConfig,
     batch_divisors,
 )
+from jaxdistill.train.setup import Tokenizers
 from jaxdistill.types import Batch, Tap, as_batch
 
 
@@ -309,7 +310,7 @@ def test_held_out_text_is_read_as_the_text_of_training_is(files, tmp_path):
     )
     config = files.config(tmp_path / "run", data=data, held_out=HeldOutConfig(path=str(held_out)))
     tokenizer = load_tokenizer("bytes")
-    [batch] = loop.held_out_batches(config, tokenizer)
+    [batch] = loop.held_out_batches(config, Tokenizers(tokenizer))
     assert batch["targets"][batch["loss_mask"] > 0].tolist() == list(b"abc")
     assert batch["tokens"][0, :3].tolist() == [tokenizer.special.bos, *b"ab"]
 
@@ -323,7 +324,7 @@ def test_held_out_conversations_are_told_the_day_of_the_training_text(files, tmp
         chat_template="{% for m in messages %}{% if m.role == 'user' %}{{ strftime_now('%Y') }}"
         "{% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
     )
-    [batch] = loop.held_out_batches(config, dated)
+    [batch] = loop.held_out_batches(config, Tokenizers(dated))
     assert batch["tokens"][0, :4].tolist() == list(b"2025")
 
 

@@ -1,0 +1,132 @@
+"""Runs whose teacher has another tokenizer: from text to a student, resumed bit for bit, on a mesh; what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from tiny import llama
+from tiny_tokenizers import places
+from train_cases import LENGTH, ROWS, STEPS, assert_same_end, held_out_of, run, steps_of
+
+from jaxdistill.checkpoint.open import open_model
+from jaxdistill.data.pipeline import DataConfig
+from jaxdistill.losses.alm import ALM
+from jaxdistill.losses.hidden import HiddenMatch
+from jaxdistill.losses.terms import CrossEntropy, ForwardKL
+from jaxdistill.sharding import MeshConfig
+from jaxdistill.tokenizers import load_tokenizer
+from jaxdistill.train.config import StudentConfig, TeacherConfig
+from jaxdistill.train.setup import check_shapes, tokenizers_of
+
+__all__ = ["places"]
+
+STUDENT = llama(vocab=500, layers=2, embed=24)
+LOSSES = {
+    "alm": ALM(temperature=100.0, merge_threshold=None, weight=1000.0),
+    "hidden": HiddenMatch(layers=((-1, -1),), distance="channelwise", weight=0.1),
+    "cross_entropy": CrossEntropy(weight=0.01),
+}
+
+
+@pytest.fixture(scope="module")
+def config(files, places):
+    """A byte-level teacher and a fresh student with a byte-pair tokenizer."""
+
+    def make(out, **changes):
+        given = {
+            "student": StudentConfig(model=STUDENT, tokenizer=str(places["byte_level"])),
+            "data": DataConfig(path=str(files.text), length=LENGTH, teacher_length=3 * LENGTH, batch_size=ROWS),
+            "losses": LOSSES,
+        }
+        return files.config(out, **{**given, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(files, config):
+    out = files.root / "aligned"
+    run(config(out, export="huggingface"))
+    return out
+
+
+def test_a_student_with_its_own_tokenizer_learns(whole, places):
+    lines = steps_of(whole)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert {*lines[0]["terms"]} == {"alm", "hidden", "cross_entropy"}
+    assert lines[-1]["terms"]["alm"] < lines[0]["terms"]["alm"]
+    found = held_out_of(whole)
+    assert {*found[0]} == {"alm", "cross_entropy_nats", "bits_per_byte"}
+    assert found[STEPS]["alm"] < found[0]["alm"]
+    student = open_model(whole / "student")
+    assert student.config.vocab == 500
+    assert student.tokenizer.fingerprint == load_tokenizer(places["byte_level"]).fingerprint
+
+
+def test_bits_per_byte_count_the_students_tokens(whole, files, places):
+    """Held-out documents are whole in the student's rows: their bytes but for those of first tokens."""
+    tokenizer = load_tokenizer(places["byte_level"])
+    texts = [json.loads(line)["text"] for line in files.held_out.read_text().splitlines()]
+    encodings = tokenizer.encode_batch(texts)
+    targets = sum(len(each.ids) - 1 for each in encodings)
+    counted = sum(int(each.offsets[-1, 1] - each.offsets[0, 1]) for each in encodings)
+    found = held_out_of(whole)[STEPS]
+    np.testing.assert_allclose(
+        found["bits_per_byte"], found["cross_entropy_nats"] * targets / math.log(2) / counted, rtol=1e-5
+    )
+
+
+def test_a_stopped_run_resumes_bit_for_bit(config, whole, tmp_path):
+    stopped = run(config(tmp_path), stop_after=5)
+    assert stopped.step == 5
+    run(config(tmp_path))
+    assert_same_end(tmp_path, whole)
+    assert steps_of(tmp_path) == steps_of(whole)
+    assert held_out_of(tmp_path) == held_out_of(whole)
+
+
+def test_a_mesh_changes_nothing(config, whole, tmp_path):
+    run(config(tmp_path, mesh=MeshConfig(fsdp=4, tensor=2), accumulate=2), devices=8, stop_after=3)
+    for given, expected in zip(steps_of(tmp_path), steps_of(whole), strict=False):
+        np.testing.assert_allclose(given["loss"], expected["loss"], rtol=1e-4)
+
+
+def test_the_whole_teacher_can_be_its_own_student(files, config, tmp_path):
+    """One tokenizer on both sides: chunks of one token, and a loss of 0 where nothing was changed."""
+    same = config(
+        tmp_path,
+        student=StudentConfig(),
+        losses={"alm": ALM()},
+        data=DataConfig(path=str(files.text), length=LENGTH, batch_size=ROWS),
+        steps=1,
+    )
+    run(same)
+    assert abs(held_out_of(tmp_path)[0]["alm"]) < 1e-7
+
+
+def test_weights_by_gradient_magnitude_run(config, tmp_path):
+    run(config(tmp_path, weighting="gradient_magnitude", steps=2))
+    assert all(math.isfinite(line["loss"]) for line in steps_of(tmp_path))
+
+
+def test_what_is_refused(files, config, tmp_path):
+    kl = config(tmp_path, losses={"kl": ForwardKL()}, data=DataConfig(path=str(files.text), length=LENGTH))
+    with pytest.raises(ValueError, match=r"the student's 500; losses on scores need .* with an ALM term"):
+        tokenizers_of(kl)
+    with pytest.raises(ValueError, match=r"data.teacher_length is set and no loss compares two tokenizations"):
+        dataclasses.replace(kl, data=DataConfig(path="x", teacher_length=3)).check()
+    with pytest.raises(ValueError, match=r"\['alm', 'hidden'\] compare the student with a teacher and there is none"):
+        config(tmp_path, teacher=TeacherConfig()).check()
+    with pytest.raises(ValueError, match=r"data.teacher_length is 9999 and the teacher's context 2048"):
+        tokenizers_of(config(tmp_path, data=DataConfig(path="x", length=8, teacher_length=9999)))
+    with pytest.raises(ValueError, match="weighting is 'norms'; allowed are fixed, gradient_magnitude"):
+        config(tmp_path, weighting="norms")
+    balanced = LOSSES | {"hidden": HiddenMatch(layers=((-1, -1),), balance="alm")}
+    with pytest.raises(ValueError, match="both set its size"):
+        config(tmp_path, losses=balanced, weighting="gradient_magnitude")
+    with pytest.raises(ValueError, match="the student has 2 layers and the teacher 3"):
+        check_shapes(config(tmp_path, losses={"hidden": HiddenMatch(layers=((0, 7),)), "alm": ALM()}))
