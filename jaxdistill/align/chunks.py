@@ -53,13 +53,11 @@ def align(student: Placed, teacher: Placed, *, chunks: Chunks = "minimal") -> Al
     sides = (student, teacher)
     counts = [_counts(side) for side in sides]
     sizes, common = _sizes(sides, counts)
-    # Each text has a place of its own to start from, where no token of another one ends.
-    bases = np.cumsum(sizes + 1) - (sizes + 1)
-    ends = [side.ends + np.repeat(bases, count) for side, count in zip(sides, counts, strict=True)]
-    borders = [_marks(places, bases, sizes) for places in ends]
+    texts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    ends = [side.ends + np.repeat(texts[:-1], count) for side, count in zip(sides, counts, strict=True)]
+    borders = [_marks(places, texts) for places in ends]
     if chunks == "words":
-        opening = [_opening(*each, bases) for each in zip(sides, ends, counts, strict=True)]
-        begun = np.logical_and(*(_marks(places, bases, sizes) for places in opening))
+        begun = np.logical_and(*(_marks(_opening(*each), texts) for each in zip(sides, ends, strict=True)))
         borders = [own & begun for own in borders]
     ids = []
     for side, places, count, other in zip(sides, ends, counts, reversed(borders), strict=True):
@@ -102,21 +100,20 @@ def _sizes(sides: Sequence[Placed], counts: Sequence[np.ndarray]) -> tuple[np.nd
     return np.maximum(student, teacher), common
 
 
-def _marks(places: np.ndarray, bases: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Which places of the coordinate through all texts are given, bool [places]: those between a text's two ends."""
-    marks = np.zeros(int(np.sum(sizes + 1)), bool)
+def _marks(places: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Which places of the coordinate through all texts are given, bool [places]; none where a text begins or ends."""
+    marks = np.zeros(texts[-1] + 1, bool)
     marks[places] = True
-    marks[bases] = marks[bases + sizes] = False
+    marks[texts] = False
     return marks
 
 
-def _opening(side: Placed, ends: np.ndarray, counts: np.ndarray, bases: np.ndarray) -> np.ndarray:
-    """Where a word may begin on one side."""
+def _opening(side: Placed, ends: np.ndarray) -> np.ndarray:
+    """Where a word may begin on one side, in the coordinate through all texts."""
     if side.opens is None:
         raise ValueError("chunks of words need `opens`, for both sides: whether a word may begin with a token.")
-    starts, some = np.empty_like(ends), counts > 0
-    starts[1:] = ends[:-1]
-    starts[(np.cumsum(counts) - counts)[some]] = bases[some]
+    # A text's first token gets the end of a text before, whose place is not looked at either.
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
     return starts[side.opens if side.inside is None else side.opens & side.inside]
 
 

@@ -276,6 +276,17 @@ def test_turns_without_a_token_that_ends_them():
     assert not document.alignment.student[ends].any()
 
 
+def test_an_end_after_two_answers_is_the_second_ones():
+    template = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% else %}{% generation %}"
+        "{{ message.content }}{{ eos_token if loop.last else '' }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "a"}, *({"role": "assistant", "content": text} for text in "bc")]
+    located = ChatFormat(ByteTokenizer(chat_template=template)).locate(turns)
+    assert located.supervised.tolist() == [False, True, True, True]
+    assert located.turn_ends.tolist() == [-1, -1, 3]
+
+
 def test_a_conversation_that_one_template_refuses_is_named():
     teacher = ByteTokenizer(chat_template="{{ raise_exception('no') }}")
     with pytest.raises(ChatTemplateError, match=r"no\. Change the conversation.*The record begins: {.messages"):
