@@ -46,8 +46,8 @@ def eval_batches(
     left out by default, since it stands for no bytes and would add to bits per byte. date: the day that chat templates
     are told it is.
 
-    With a `teacher_tokenizer` batches are those of pairs of rows (`data.aligned_rows`), `teacher_length` (None:
-    `length`) positions on the teacher's side: windows end with a `chunks`, and all but the first of a document begin
+    With a `teacher_tokenizer` batches are those of pairs of rows (`data.aligned_rows`), with `teacher_length` positions
+    on the teacher's side (None: `length`). Windows end where a chunk does, and all but the first of a document begin
     with the chunk before them.
     """
     for name, value in (
