@@ -30,6 +30,7 @@ FLOORS = {
     "checkpoint": 4,
     "generate": 4,
     "prune": 4,
+    "retokenize": 4,
     "data": 3,
     "models": 3,
     "align": 2,

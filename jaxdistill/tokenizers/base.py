@@ -12,11 +12,11 @@ import numpy as np
 
 from jaxdistill.formats.paths import atomic_file
 
-TURN_OR_TEXT_ENDS = frozenset(
-    {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|eot|>"}
-    | {"<end_of_turn>", "<turn|>", "<eos>", "</s>", "[EOS]"}
-)
-"""Spellings of special tokens that end a turn or a text, over the published families; they become `stop`."""
+TURN_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|eot|>", "<end_of_turn>", "<turn|>"})
+"""Spellings of special tokens that end a turn, over the published families."""
+
+TURN_OR_TEXT_ENDS = TURN_ENDS | {"<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "[EOS]"}
+"""The same with those that end a text; they become `stop`."""
 
 
 class TokenizerError(ValueError):

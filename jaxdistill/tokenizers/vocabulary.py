@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from jaxdistill.tokenizers.base import TokenizerError
+from jaxdistill.tokenizers.base import Tokenizer, TokenizerError
 
 SUPPORTED_DECODERS = (
     "BPEDecoder, ByteFallback, ByteLevel, Fuse, Metaspace, Replace (of a string), Sequence, Strip, WordPiece"
@@ -88,3 +88,19 @@ def _replacements(step: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"tokenizer.json has the decoder step {kind!r}, whose tokens have no bytes of their own; supported: "
         f"{SUPPORTED_DECODERS}. Convert the tokenizer to one of these"
     )
+
+
+def ordinary_ids(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """The id of each token that is not special, by its bytes. Of tokens with the same bytes it is the first that is no
+    byte fallback: text is encoded with that one."""
+    vocabulary, special = tokenizer.token_bytes(), set(tokenizer.special.all.values())
+    single = [bytes([byte]) for byte in range(256)]
+    # Vocabularies that fall back to bytes hold all of them in a row.
+    starts = (start for start, token in enumerate(vocabulary) if token == b"\0")
+    first = next((start for start in starts if vocabulary[start : start + 256] == single), len(vocabulary))
+    fallbacks = range(first, first + 256)
+    found: dict[bytes, int] = {}
+    for token in sorted(range(len(vocabulary)), key=fallbacks.__contains__):
+        if vocabulary[token] and token not in special:
+            found.setdefault(vocabulary[token], token)
+    return found
