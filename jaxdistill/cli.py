@@ -335,6 +335,37 @@ def prune(
     )
 
 
+def retokenize(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    tokenizer: str,
+    out: str,
+    multiple: int = 1,
+    seed: int = 0,
+    to: Literal["jaxdistill", "hf"] = "jaxdistill",
+    dtype: DType = "float32",
+) -> None:
+    """Move a model to another tokenizer: its embedding is made anew, from the tokens that spell the new ones.
+
+    The result has not learnt to read the new tokens yet. `jaxdistill train configs/retokenize.py --teacher.path MODEL
+    --student.tokenizer PATH …` does the same and teaches it, with MODEL as its own teacher.
+
+    Args:
+        model: A checkpoint, a Hugging Face directory or a .gguf file.
+        tokenizer: A directory with a tokenizer, a tokenizer.json, a SentencePiece model, a .gguf file, or "bytes".
+        out: A new directory.
+        multiple: Round the vocabulary up to a multiple of this.
+        seed: Of the rows that nothing is known of.
+        to: Our checkpoint, or a Hugging Face directory.
+        dtype: What the parameters are read and stored as.
+    """
+    from jaxdistill.jobs.retokenize import RetokenizeConfig
+    from jaxdistill.jobs.retokenize import retokenize as run_retokenize
+
+    run_retokenize(
+        RetokenizeConfig(model=model, tokenizer=tokenizer, out=out, multiple=multiple, seed=seed, to=to, dtype=dtype)
+    )
+
+
 def inspect_(path: Annotated[Positional[str], arg(metavar="PATH")], tensors: bool = False) -> None:
     """Tell what a model or a run is, without reading arrays.
 
@@ -361,6 +392,7 @@ def report(run: Annotated[Positional[str], arg(metavar="RUN")]) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "prune": prune,
+    "retokenize": retokenize,
     "search": search,
     "evaluate": evaluate,
     "generate": generate,

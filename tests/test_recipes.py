@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import pytest
+from tiny_tokenizers import byte_level_json
 
 from jaxdistill.checkpoint.open import open_config
 from jaxdistill.models.export import write_hf
@@ -25,7 +26,7 @@ from jaxdistill.models.schema import count_parameters, init_params
 from jaxdistill.prune.choose import Target
 from jaxdistill.search import Grid, search
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
-from jaxdistill.tokenizers import ByteTokenizer
+from jaxdistill.tokenizers import ByteTokenizer, load_tokenizer
 from jaxdistill.train.config import TrainConfig
 from jaxdistill.train.loop import train
 
@@ -85,10 +86,13 @@ class Small:
     teacher: str
     text: str
     conversations: str
+    tokenizer: str
+    student: str
+    """A model with that tokenizer, which is not the teacher's."""
 
 
 def write_small(directory: Path) -> Small:
-    """A byte-level teacher with a chat template, a text and some conversations."""
+    """A byte-level teacher with a chat template, a text and some conversations, and a model with another tokenizer."""
     tokenizer = ByteTokenizer(chat_template=CHATML)
     layer = LayerSpec(mixer=Attention(heads=4, kv_heads=2, head_dim=4), ffn=GatedMLP(mlp=32))
     model = ModelConfig(
@@ -104,7 +108,14 @@ def write_small(directory: Path) -> Small:
         {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": p}]} for p in phrases
     ]
     conversations.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    return Small(str(teacher), str(text), str(conversations))
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "tokenizer.json").write_text(byte_level_json())
+    other = load_tokenizer(directory / "tokenizer")
+    model = dataclasses.replace(model, vocab=other.vocab_size)
+    student = write_hf(
+        directory / "student", model, init_params(model, jax.random.key(1)), dtype="float32", tokenizer=other
+    )
+    return Small(str(teacher), str(text), str(conversations), str(directory / "tokenizer"), str(student))
 
 
 def shrink(
@@ -130,13 +141,18 @@ def shrink(
         depth = max(layers) + 1
         layers = tuple(sorted({kept * TEACHER_LAYERS // depth for kept in layers}))
     student = dataclasses.replace(
-        student, prune=Target(layers=layers, mlp=mlp and TEACHER_MLP // 2), calibration_batches=2
+        student,
+        path=small.student if "--student.path" in command else student.path,
+        tokenizer=small.tokenizer if "--student.tokenizer" in command else student.tokenizer,
+        prune=Target(layers=layers, mlp=mlp and TEACHER_MLP // 2),
+        calibration_batches=2,
     )
     data = dataclasses.replace(
         data,
         path=small.conversations if conversations else small.text,
         sources=(),
         length=32,
+        teacher_length=data.teacher_length and 48,
         batch_size=8 * config.accumulate,
         virtual_shards=data.virtual_shards and 8,
     )

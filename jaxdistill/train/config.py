@@ -82,7 +82,9 @@ class StudentConfig:
     model: ModelConfig | None = None
     """A fresh model of this shape, instead of one on disk."""
     tokenizer: str | None = None
-    """Of a fresh model: a path, or "bytes". None is the teacher's."""
+    """A path, or "bytes". None is the model's own, of a fresh model the teacher's. A model that has another one is
+    moved to this: its embedding, and a head of its own, are made anew from the rows of the tokens that spell the new
+    ones (`retokenize`)."""
     trainable: tuple[str, ...] = ("*",)
     """Shell patterns of the parameters that are trained (`segments.*`, `*.norm.scale`); the rest is frozen. With
     `lora`, what is trained in full besides the adapters, and "*" stands for nothing."""
@@ -91,6 +93,11 @@ class StudentConfig:
     frozen then shares the teacher's memory where the student starts from the teacher."""
     execution: Execution = dataclasses.field(default_factory=Execution)
     rules: Rules = DEFAULT_RULES
+
+    @property
+    def moved(self) -> bool:
+        """Whether a model on disk, or the teacher, is moved to another tokenizer."""
+        return self.tokenizer is not None and self.model is None
 
     @property
     def trained(self) -> tuple[str, ...]:

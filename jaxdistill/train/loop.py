@@ -190,11 +190,14 @@ class _Run:
         kept = "" if self.plan is None else f"; of the original, {self.plan.summary()}"
         self.say(f"student: {describe(self.student.config)}{kept}")
         student, lora = self.config.student, self.student.lora
+        if self.student.moved:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.student.moved.items())
+            self.say(f"moved to another tokenizer; rows of its embedding: {kinds}")
         if lora is not None:
             numbers = sum(math.prod(leaf.shape) for leaf in adapter_schema(self.student.config, lora).values())
             self.say(f"adapters: {numbers:,} parameters of rank {lora.rank}")
-        elif teacher is not None and self.plan is None and student.path is None and student.model is None:
-            self.say("the student is the whole teacher; student.prune, plan, path and model make another one")
+        elif teacher is not None and self.plan is None and not (student.path or student.model or student.tokenizer):
+            self.say("the student is the whole teacher; student.prune, path, model and tokenizer make another one")
         self.say(
             f"{self.config.steps} steps of {self.config.data.batch_size} x {self.config.data.length} tokens on "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"

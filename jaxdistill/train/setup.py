@@ -34,6 +34,7 @@ from jaxdistill.prune.importance import Importance
 from jaxdistill.prune.measure import Progress, calibrate
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.prune.slice import prune_model
+from jaxdistill.retokenize import retokenize_model
 from jaxdistill.sharding import Layout, make_mesh, put_batch, put_global_batch
 from jaxdistill.specs import ModelConfig
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
@@ -71,6 +72,8 @@ class Student:
     plan: PrunePlan | None
     """What was kept of the model it was made from; None when it is whole or fresh."""
     lora: Lora | None
+    moved: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Where the rows of its embedding come from, and how many, where it was moved to another tokenizer."""
 
 
 def enable_compilation_cache(choice: str | None) -> None:
@@ -118,14 +121,19 @@ def make_student(
         source, layout = open_model(chosen.path, layout=places.student), places.student
     assert source is not None, "TrainConfig.check requires a model"
     plan = plan or _plan(config, source, layout, progress)
-    if plan is None:
-        # Leaves that are in their places already stay where they are.
-        params = jax.device_put(source.params, param_shardings(source.config, places.student))
-        return _partitioned(config, places.student, source.config, params, source.tokenizer, borrowed=source is teacher)
-    shape, params = prune_model(
-        source.config, source.params, plan, layout=places.student, norm_repair=chosen.norm_repair
-    )
-    return _partitioned(config, places.student, shape, params, source.tokenizer, plan=plan)
+    shape, params, tokenizer, moved = source.config, source.params, source.tokenizer, {}
+    if plan is not None:
+        shape, params = prune_model(shape, params, plan, layout=places.student, norm_repair=chosen.norm_repair)
+    if chosen.moved:
+        new = load_tokenizer(str(chosen.tokenizer))
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        shape, params, rows = retokenize_model(shape, params, tokenizer, new, key=key, layout=places.student)
+        tokenizer, moved = new, rows.counts
+    # Leaves that are in their places already stay where they are.
+    params = jax.device_put(params, param_shardings(shape, places.student))
+    borrowed = source is teacher and plan is None
+    student = _partitioned(config, places.student, shape, params, tokenizer, plan=plan, borrowed=borrowed)
+    return dataclasses.replace(student, moved=moved)
 
 
 def _shares_teacher(chosen: StudentConfig, teacher: str | None) -> bool:
@@ -211,6 +219,10 @@ def tokenizers_of(config: TrainConfig) -> Tokenizers:
         student = open_config(config.student.path), load_tokenizer(config.student.path)
     elif config.student.model is not None:
         student = config.student.model, _fresh_tokenizer(config.student, teacher[1] if teacher else None)
+    if config.student.moved:
+        source, new = student or teacher, load_tokenizer(str(config.student.tokenizer))
+        assert source is not None, "TrainConfig.check requires a model"
+        student = dataclasses.replace(source[0], vocab=new.vocab_size), new
     _check_length("student", student, config.data.length, "length")
     teachers_own = config.aligned and config.data.teacher_length is not None
     rows = ("teacher_length", config.data.teacher_length) if teachers_own else ("length", config.data.length)
@@ -280,6 +292,8 @@ def check_shapes(config: TrainConfig, plan: PrunePlan | None = None) -> None:
         # Which parts are kept may not be known before they are measured, but how many are.
         plan = plan or choose(source, equal_importance(source), chosen.prune)
         shape = plan.resize(source)
+    if chosen.moved:
+        shape = dataclasses.replace(shape, vocab=load_tokenizer(str(chosen.tokenizer)).vocab_size)
     _check_adapters(chosen, shape)
     _resolved_terms(config, shape, teacher, plan)
 

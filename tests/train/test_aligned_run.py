@@ -12,15 +12,17 @@ from tiny import llama
 from tiny_tokenizers import places
 from train_cases import LENGTH, ROWS, STEPS, assert_same_end, held_out_of, run, steps_of
 
+from jaxdistill import partition
 from jaxdistill.checkpoint.open import open_model
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL
-from jaxdistill.sharding import MeshConfig
+from jaxdistill.models.lora import Lora
+from jaxdistill.sharding import Layout, MeshConfig
 from jaxdistill.tokenizers import load_tokenizer
 from jaxdistill.train.config import StudentConfig, TeacherConfig
-from jaxdistill.train.setup import check_shapes, tokenizers_of
+from jaxdistill.train.setup import Places, check_shapes, make_student, open_teacher, tokenizers_of
 
 __all__ = ["places"]
 
@@ -106,6 +108,64 @@ def test_the_whole_teacher_can_be_its_own_student(files, config, tmp_path):
     )
     run(same)
     assert abs(held_out_of(tmp_path)[0]["alm"]) < 1e-7
+
+
+@pytest.fixture(scope="module")
+def moved(files, config, places):
+    """The teacher moved from bytes to byte pairs, with adapters beside its own arrays."""
+    student = StudentConfig(tokenizer=str(places["byte_level"]), lora=Lora(rank=2), trainable=("embedding.*", "head.*"))
+
+    def make(out, **changes):
+        return config(out, student=student, losses={"alm": LOSSES["alm"]}, **changes)
+
+    return make
+
+
+def test_a_model_moves_to_another_tokenizer(files, moved, places, tmp_path):
+    out = tmp_path / "whole"
+    run(moved(out, export="jaxdistill"))
+    found = held_out_of(out)
+    assert found[STEPS]["alm"] < found[0]["alm"]
+    student = open_model(out / "student")
+    new = load_tokenizer(places["byte_level"])
+    assert student.config.vocab == new.vocab_size
+    assert student.tokenizer.fingerprint == new.fingerprint
+    run(moved(tmp_path / "stopped"), stop_after=5)
+    run(moved(tmp_path / "stopped"))
+    assert_same_end(tmp_path / "stopped", out)
+
+
+def test_a_moved_student_begins_with_the_rows_of_the_old_tokens(files, moved, places):
+    """And its layers are the teacher's arrays."""
+    config = moved(files.root / "unused")
+    where = Places(Layout(), Layout())
+    teacher = open_teacher(config, where)
+    student = make_student(config, teacher, where)
+    new, old = load_tokenizer(places["byte_level"]), np.asarray(teacher.params["embedding"]["kernel"])
+    rows = np.asarray(student.trainable["embedding"]["kernel"])
+    for token, spelled in enumerate(new.token_bytes()):
+        if token not in new.special.all.values():
+            np.testing.assert_allclose(rows[token], old[list(spelled)].mean(0), rtol=1e-5)
+    assert sum(student.moved.values()) == new.vocab_size
+    frozen = partition.names(student.frozen)
+    theirs = partition.names(teacher.params)
+    assert frozen
+    assert all(leaf is theirs[name] for name, leaf in frozen.items())
+
+
+def test_text_alone_can_train_a_moved_model(files, config, places, tmp_path):
+    """Next-token training without a teacher, to compare with."""
+    run(
+        config(
+            tmp_path,
+            teacher=TeacherConfig(),
+            student=StudentConfig(path=str(files.teacher), tokenizer=str(places["byte_level"])),
+            losses={"cross_entropy": CrossEntropy()},
+            data=DataConfig(path=str(files.text), length=LENGTH, batch_size=ROWS),
+            steps=2,
+        )
+    )
+    assert {*held_out_of(tmp_path)[2]} == {"cross_entropy_nats", "bits_per_byte"}
 
 
 def test_weights_by_gradient_magnitude_run(config, tmp_path):
