@@ -4,8 +4,8 @@
 
 As configs/retokenize.py, with 256 bytes and a few special tokens instead of a vocabulary. A byte is far from a token,
 so the last layer's states at the ends of chunks are matched as well (channelwise, as the authors of 2503.20083
-recommend for bytes), and all of the student is trained. Rows of 2,048 bytes stand beside 576 of the teacher's tokens: English
-has about four bytes a token. The student needs about four times the arithmetic for the same text.
+recommend for bytes), and all of the student is trained. Rows of 2,048 bytes stand beside 576 of the teacher's tokens:
+English has about four bytes a token. The student needs about four times the arithmetic for the same text.
 """
 
 from jaxdistill.data.pipeline import DataConfig
