@@ -17,7 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill.losses.alm import ALM, EndsChunk, Path, positions_after
 from jaxdistill.losses.chunked import term_values
-from jaxdistill.losses.terms import CrossEntropy, Term
+from jaxdistill.losses.pairs import Pairing, PairTerm, pair_positions
+from jaxdistill.losses.scores import Scores
+from jaxdistill.losses.terms import CrossEntropy, Parameterized, Positions, Term
 from jaxdistill.sharding import Layout
 from jaxdistill.types import Mean, Outputs, PairedBatch
 
@@ -47,26 +49,23 @@ def aligned_means(
 
     terms: those on the student's scores alone are means over supervised positions. student, teacher: of their own
     rows. ends: for the `ALM` terms that read them. The teacher is not differentiated.
+
+    Raises ValueError for terms that compare scores of equal ids at equal positions, of which there are none.
     """
     matching = {name: term for name, term in terms.items() if isinstance(term, ALM)}
-    own = {name: term for name, term in terms.items() if not isinstance(term, ALM)}
+    pairing = {name: term for name, term in terms.items() if isinstance(term, PairTerm)}
+    own = {name: term for name, term in terms.items() if not isinstance(term, ALM | PairTerm)}
+    check_terms_on_pairs(terms, vocab=student.head.vocab)
     asked = {name: {} for name in ("student", "teacher")}
     for name, term in matching.items():
         if term.needs_ends:
             asked["student"][f"{name}.ends"] = EndsChunk(ids=ends[name].student)
             asked["teacher"][f"{name}.ends"] = EndsChunk(ids=ends[name].teacher)
-    values = term_values(
-        {**own, _LIKELIHOOD: CrossEntropy(), **asked["student"]},
-        student,
-        None,
-        targets=batch.targets,
-        loss_mask=_used(batch.segment_ids),
-        parameters=parameters,
-        step=step,
-        chunk=chunk,
-        layout=layout,
-    )
-    found = {name: Mean((values[name] * batch.loss_mask).sum(), batch.loss_mask.sum()) for name in own}
+    alone = {**own, _LIKELIHOOD: CrossEntropy(), **asked["student"]}
+    options = {"parameters": parameters, "step": step, "chunk": chunk, "layout": layout}
+    values, masks = _at_positions(alone, pairing, student, teacher, batch, teacher_layout=teacher_layout, **options)
+    masks |= dict.fromkeys(own, batch.loss_mask)
+    found = {name: Mean((values[name] * mask).sum(), mask.sum()) for name, mask in masks.items()}
     if matching:
         assert teacher is not None, "chunks are compared with a teacher's"
         theirs = term_values(
@@ -86,7 +85,88 @@ def aligned_means(
     return found
 
 
+def _at_positions(
+    alone: Mapping[str, Term],
+    pairing: Mapping[str, PairTerm],
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: PairedBatch,
+    *,
+    parameters: Mapping[str, Mapping[str, Any]],
+    **options: Any,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The values of terms at the student's positions, and what each position counts for those on pairs."""
+    passes: dict[Pairing | None, dict[str, Term]] = {term.pairs: {} for term in pairing.values()} or {None: {}}
+    # What is asked of the student alone goes along with the first pairs; other pairs need a pass of their own.
+    next(iter(passes.values())).update(alone)
+    for name, term in pairing.items():
+        passes[term.pairs][name] = term
+    values, masks = {}, {}
+    for kind, some in passes.items():
+        brought, given = None, {}
+        if kind is not None:
+            assert teacher is not None, "positions are paired with a teacher's"
+            pairs = pair_positions(kind, batch)
+            brought, given = jax.lax.stop_gradient(pairs.bring(teacher)), {"one_to_one": pairs.one_to_one}
+            masks |= {name: term.counted(pairs, batch.loss_mask) for name, term in pairing.items() if name in some}
+        values |= term_values(
+            some,
+            student,
+            brought,
+            targets=batch.targets,
+            loss_mask=_used(batch.segment_ids),
+            parameters={name: own for name, own in parameters.items() if name in some},
+            **given,
+            **options,
+        )
+    return values, masks
+
+
 _LIKELIHOOD = "likelihood"
+
+
+class _TeacherRead(Exception):
+    pass
+
+
+class _Unread(Scores):
+    """A teacher's scores that tell when anything of them is looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise _TeacherRead
+
+
+def reads_teacher(term: Term, *, vocab: int = 8) -> bool:
+    """Whether a term on scores looks at the teacher's; found by tracing it on a few positions, not by its class.
+
+    vocab: how many ids the student scores, for terms that work with that many only.
+    """
+
+    def trace(key: Any, local: Array, targets: Array) -> Array:
+        parameters = term.parameters(key, student_embed=2, teacher_embed=2) if isinstance(term, Parameterized) else {}
+        at = Positions(targets=targets, step=jnp.int32(0), one_to_one=targets == 0)
+        return term(Scores(local), _Unread(local), at, parameters)
+
+    few = (jax.eval_shape(jax.random.key, 0), jnp.zeros((2, vocab)), jnp.zeros(2, jnp.int32))
+    try:
+        jax.eval_shape(trace, *few)
+    except _TeacherRead:
+        return True
+    return False
+
+
+def check_terms_on_pairs(terms: Mapping[str, Any], *, vocab: int = 8) -> None:
+    """Refuses terms that compare scores id by id, for a student whose tokenizer is not the teacher's."""
+    on_scores = {
+        name: term for name, term in terms.items() if isinstance(term, Term) and not isinstance(term, PairTerm)
+    }
+    wrong = {name: type(term).__name__ for name, term in on_scores.items() if reads_teacher(term, vocab=vocab)}
+    if wrong:
+        raise ValueError(
+            f"the terms {wrong} read the teacher's scores of the student's ids, and the teacher has another tokenizer. "
+            "Allowed are terms on the student's scores alone, such as CrossEntropy, and ALM, HiddenMatch, ULD, MinED "
+            "and DSKD; or give the student the teacher's tokenizer."
+        )
 
 
 def _path(values: Mapping[str, Array], name: str, chunks: Array, segment_ids: Array) -> Path:

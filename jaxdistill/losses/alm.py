@@ -144,7 +144,7 @@ class Chunks(NamedTuple):
 def last_positions(chunks: Int[Array, "batch length"], slots: int) -> Int[Array, "batch slots"]:
     """The position of each chunk's last target, -1 where there is no such chunk."""
     positions = jnp.broadcast_to(jnp.arange(chunks.shape[1]), chunks.shape)
-    return jnp.maximum(_segments(jax.ops.segment_max, positions, chunks, slots), -1)
+    return jnp.maximum(reduce_rows(jax.ops.segment_max, positions, chunks, slots), -1)
 
 
 def positions_after(
@@ -160,7 +160,7 @@ def positions_after(
 def _chunks(path: Path, slots: int) -> Chunks:
     after, ended = positions_after(path.chunks, path.segment_ids, slots)
     return Chunks(
-        log_probs=_segments(jax.ops.segment_sum, path.log_probs, path.chunks, slots),
+        log_probs=reduce_rows(jax.ops.segment_sum, path.log_probs, path.chunks, slots),
         ends=jnp.where(ended, _at(path.ends, after), 0.0),
         exists=last_positions(path.chunks, slots) >= 0,
         follows=ended & (_at(path.chunks, after) == jnp.arange(2, slots + 2)),
@@ -180,7 +180,7 @@ def _joined(threshold: float | None, own: Chunks, theirs: Chunks) -> tuple[Chunk
 
     def join(side: Chunks) -> Chunks:
         def total(values: Array) -> Array:
-            return _segments(jax.ops.segment_sum, values, group + 1, slots)
+            return reduce_rows(jax.ops.segment_sum, values, group + 1, slots)
 
         return side._replace(
             log_probs=total(jnp.where(side.exists, side.log_probs, 0.0)),
@@ -191,8 +191,8 @@ def _joined(threshold: float | None, own: Chunks, theirs: Chunks) -> tuple[Chunk
     return join(own), join(theirs)
 
 
-def _segments(reduce: Any, values: Array, ids: Array, slots: int) -> Array:
-    """Values of the ids 1 to `slots` reduced, row by row: [batch, slots]."""
+def reduce_rows(reduce: Any, values: Array, ids: Array, slots: int) -> Array:
+    """Values of the ids 1 to `slots` reduced by one of `jax.ops.segment_*`, row by row: [batch, slots]."""
     return jax.vmap(lambda v, i: reduce(v, i, num_segments=slots + 1)[1:])(values, ids)
 
 

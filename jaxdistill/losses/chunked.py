@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.losses.scores import Scores
 from jaxdistill.losses.terms import Positions, Term
@@ -40,6 +40,8 @@ class Weighted(Protocol):
 
 
 HEAD_AXES: Axes = ("vocab", "embed")
+_OPTIONAL = ("slopes", "one_to_one")
+"""What may be given of each position besides hidden states, targets and mask."""
 BLOCK = 1024
 """Rows of the head whose gradient is added at once are a multiple of this: fewer make products too small to be fast."""
 
@@ -100,13 +102,17 @@ def term_values(
     chunk: int,
     layout: Layout = Layout(),
     teacher_layout: Layout | None = None,
+    one_to_one: Bool[Array, "batch length"] | None = None,
 ) -> dict[str, Float[Array, "batch length"]]:
     """Each term's value at each position times its mask: what is made of them is the caller's.
 
     Arguments as in `evaluate_terms`. Differentiable like it, for objectives that are no sum over positions: what each
     value counts for is known only when all are, so the backward pass walks the positions again.
+
+    one_to_one: given where the teacher's hidden states are those of paired positions of another tokenization; see
+    `Positions.one_to_one`. Then the teacher may have a vocabulary of its own.
     """
-    plan = _plan(terms, student, teacher, chunk, layout, teacher_layout or layout)
+    plan = _plan(terms, student, teacher, chunk, layout, teacher_layout or layout, paired=one_to_one is not None)
     learned = {
         "hidden": student.hidden,
         "head": student.head,
@@ -119,6 +125,7 @@ def term_values(
         "coefficients": {},
         "step": jnp.asarray(step),
     }
+    given |= {} if one_to_one is None else {"one_to_one": one_to_one}
     return _values(plan, learned, jax.lax.stop_gradient(given))
 
 
@@ -148,6 +155,7 @@ class _Places:
     token_axes: tuple[str, ...] = ()
     vocab_axes: tuple[str, ...] = ()
     embed_axes: tuple[str, ...] = ()
+    teacher_vocab_axes: tuple[str, ...] = ()
     teacher_embed_axes: tuple[str, ...] = ()
 
 
@@ -167,10 +175,12 @@ def _plan(
     chunk: int,
     layout: Layout,
     teacher_layout: Layout,
+    *,
+    paired: bool = False,
 ) -> _Plan:
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1 position.")
-    if teacher is not None and teacher.head.vocab != student.head.vocab:
+    if teacher is not None and teacher.head.vocab != student.head.vocab and not paired:
         raise ValueError(
             f"the teacher scores {teacher.head.vocab} ids and the student {student.head.vocab}; terms on the same ids "
             "need equal vocabularies. Use a student with the teacher's tokenizer and vocabulary size."
@@ -192,14 +202,21 @@ def _places(layout: Layout, teacher_layout: Layout, student: Outputs, teacher: O
     vocab, embed = layout.spec(HEAD_AXES, student.head.kernel.shape)
     # An axis that splits tokens cannot split the vocabulary too: every token needs all of it.
     vocab_axes = tuple(a for a in _names(vocab) if a not in token_axes)
-    teacher_embed = None if teacher is None else teacher_layout.spec(HEAD_AXES, teacher.head.kernel.shape)[1]
+    their_vocab, their_embed = vocab_axes, ()
+    if teacher is not None:
+        split, spread = map(_names, teacher_layout.spec(HEAD_AXES, teacher.head.kernel.shape))
+        # Equal ids are compared shard by shard, so they are split alike; a vocabulary of its own as it divides.
+        if teacher.head.vocab != student.head.vocab:
+            their_vocab = tuple(a for a in split if a not in token_axes)
+        their_embed = tuple(a for a in spread if a not in their_vocab)
     return _Places(
         mesh=layout.mesh,
         tokens=PartitionSpec(tokens[0], tokens[1]),
         token_axes=token_axes,
         vocab_axes=vocab_axes,
         embed_axes=tuple(a for a in _names(embed) if a not in vocab_axes),
-        teacher_embed_axes=tuple(a for a in _names(teacher_embed) if a not in vocab_axes),
+        teacher_vocab_axes=their_vocab,
+        teacher_embed_axes=their_embed,
     )
 
 
@@ -249,25 +266,28 @@ def _on_mesh(plan: _Plan, scan: Callable, learned: Any, given: Any) -> Any:
         return run(learned, given)
     whole = PartitionSpec()
 
-    def head_spec(head: Head, embed_axes: tuple[str, ...]) -> Head:
-        kernel = PartitionSpec(places.vocab_axes or None, embed_axes or None)
-        bias = None if head.bias is None else PartitionSpec(places.vocab_axes or None)
+    def head_spec(head: Head, vocab_axes: tuple[str, ...], embed_axes: tuple[str, ...]) -> Head:
+        kernel = PartitionSpec(vocab_axes or None, embed_axes or None)
+        bias = None if head.bias is None else PartitionSpec(vocab_axes or None)
         return dataclasses.replace(head, kernel=kernel, bias=bias)
 
     learned_specs = {
         "hidden": places.tokens,
-        "head": head_spec(learned["head"], places.embed_axes),
+        "head": head_spec(learned["head"], places.vocab_axes, places.embed_axes),
         "parameters": jax.tree.map(lambda _: whole, learned["parameters"]),
     }
-    teacher = given["teacher"]
+    teacher = given["teacher"] and {
+        "hidden": places.tokens,
+        "head": head_spec(given["teacher"]["head"], places.teacher_vocab_axes, places.teacher_embed_axes),
+    }
     given_specs = {
-        "teacher": teacher and {"hidden": places.tokens, "head": head_spec(teacher["head"], places.teacher_embed_axes)},
+        "teacher": teacher,
         "targets": places.tokens,
         "mask": places.tokens,
         "coefficients": whole,
         "step": whole,
     }
-    given_specs |= {"slopes": places.tokens} if "slopes" in given else {}
+    given_specs |= {name: places.tokens for name in _OPTIONAL if name in given}
     values = (whole, dict.fromkeys(plan.terms, whole))
     out_specs = {
         _scan_values: values,
@@ -365,18 +385,18 @@ def _chunk_value(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed:
 
 def _chunk_values(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed: Any) -> Totals:
     """Each term's value at each position of the chunk, 0 where it is not supervised. scores: the student's."""
-    axes = plan.places.vocab_axes
+    axes, their_axes = plan.places.vocab_axes, plan.places.teacher_vocab_axes
     mask = chunk["mask"]
     student = Scores(_supervised_gradient(scores, mask), axes)
     if fixed["teacher_head"] is None:
         teacher = Scores(jax.lax.stop_gradient(student.local), axes)
     else:
-        teacher = Scores(_scores(fixed["teacher_head"], chunk["teacher_hidden"], mask), axes)
-    at = Positions(targets=chunk["targets"], step=fixed["step"])
+        teacher = Scores(_scores(fixed["teacher_head"], chunk["teacher_hidden"], mask), their_axes)
+    at = Positions(targets=chunk["targets"], step=fixed["step"], one_to_one=chunk.get("one_to_one"))
     found = {}
     for name, term in plan.terms.items():
         values = term(student, teacher, at, parameters.get(name, {}))
-        _check_values(name, values, mask, axes)
+        _check_values(name, values, mask, (*axes, *their_axes))
         found[name] = jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0)
     return found
 
@@ -457,10 +477,9 @@ def _chunks(plan: _Plan, hidden: Array, given: Any) -> dict[str, Array]:
     positions = hidden.shape[0] * hidden.shape[1]
     chunk = min(plan.chunk, positions)
     arrays = {"hidden": _vary(hidden, plan.places.vocab_axes), "targets": given["targets"], "mask": given["mask"]}
-    if "slopes" in given:
-        arrays["slopes"] = given["slopes"]
+    arrays |= {name: given[name] for name in _OPTIONAL if name in given}
     if given["teacher"] is not None:
-        arrays["teacher_hidden"] = _vary(given["teacher"]["hidden"], plan.places.vocab_axes)
+        arrays["teacher_hidden"] = _vary(given["teacher"]["hidden"], plan.places.teacher_vocab_axes)
 
     def split(x: Array) -> Array:
         x = x.reshape(positions, *x.shape[2:])

@@ -71,14 +71,15 @@ class Scores:
         return (jax.lax.pmin(lowest, self.axes) if self.axes else lowest).astype(jnp.int32)
 
     def top_k(self, k: int) -> tuple[Float[Array, "position k"], Int[Array, "position k"]]:
-        """The k largest scores and their ids, in falling order; costs k x shards numbers of communication."""
+        """The k largest scores and their ids, in falling order; costs k x shards numbers of communication. All of them,
+        where there are fewer."""
         values, ids = jax.lax.top_k(self.local, min(k, self.local.shape[-1]))
         if not self.axes:
             return values, ids
         ids = ids + self._first_id()
         values = _all_gather(values, self.axes)
         ids = _all_gather(ids, self.axes)
-        values, order = jax.lax.top_k(values, k)
+        values, order = jax.lax.top_k(values, min(k, values.shape[-1]))
         return values, jnp.take_along_axis(ids, order, axis=-1)
 
     def gather_chunk(self) -> Scores:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.losses.scores import Scores
 from jaxdistill.types import Scalar, at_step
@@ -32,6 +32,8 @@ class Positions:
     targets: Int[Array, "position"]
     step: Int[Array, ""]
     """The train step, for hyper-parameters that are schedules (`types.at_step`)."""
+    one_to_one: Bool[Array, "position"] | None = None
+    """Where the teacher has another tokenizer: whether both sides' targets spell the same bytes (`losses.pairs`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
