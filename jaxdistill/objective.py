@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdistill.losses.aligned import Ends, aligned_means, at_chunk_ends
+from jaxdistill.losses.aligned import ACROSS_TOKENIZERS, Ends, aligned_means, at_chunk_ends
 from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import evaluate_terms, term_coefficients, term_values
+from jaxdistill.losses.dual_space import DSKD
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import Term
 from jaxdistill.sharding import Layout
 from jaxdistill.types import Batch, Mean, Outputs, PairedBatch, Params, at_step
 
-AnyTerm = Term | HiddenMatch | ALM
+AnyTerm = Term | HiddenMatch | ALM | DSKD
 
 Weighting = Literal["fixed", "gradient_magnitude"]
 """How terms are added up. "fixed": each times its weight. "gradient_magnitude": each times its weight ÷ the norm of its
@@ -116,11 +117,10 @@ class Objective:
         }
         if isinstance(batch, PairedBatch):
             return jnp.float32(0), aligned_means(terms, outputs, signal, batch, ends=self.ends, **options)
-        plain = {name: term for name, term in terms.items() if isinstance(term, Term)}
-        if len(plain) < len(terms):
+        across = sorted(name for name, term in terms.items() if isinstance(term, ACROSS_TOKENIZERS))
+        if across:
             raise ValueError(
-                f"the terms {sorted(terms.keys() - plain.keys())} compare chunks of two tokenizations, and the "
-                "batch has one; give a PairedBatch (data.pipeline.make_loader with a teacher_tokenizer)."
+                f"the terms {across} compare two tokenizations of a text, and the batch has one; give a PairedBatch (data.pipeline.make_loader with a teacher_tokenizer)."
             )
         if self.weighting == "fixed":
             return evaluate_terms(plain, outputs, signal, **_rows(batch), coefficients=known.coefficients, **options)

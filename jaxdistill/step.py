@@ -16,8 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import partition
-from jaxdistill.losses.aligned import Ends
-from jaxdistill.losses.alm import ALM
+from jaxdistill.losses.aligned import ACROSS_TOKENIZERS, Ends
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import Parameterized, Term
 from jaxdistill.objective import AnyTerm, Objective, Seen, Weighting, reported
@@ -122,7 +121,7 @@ def make_train_step(
         ends=ends or {},
         weighting=weighting,
     )
-    needs = sorted(name for name, term in terms.items() if isinstance(term, HiddenMatch | ALM))
+    needs = sorted(name for name, term in terms.items() if isinstance(term, (HiddenMatch, *ACROSS_TOKENIZERS)))
     if needs and teacher is None:
         raise ValueError(f"the terms {needs} compare the student with a teacher, and there is none.")
 

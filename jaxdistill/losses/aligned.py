@@ -17,11 +17,16 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill.losses.alm import ALM, EndsChunk, Path, positions_after
 from jaxdistill.losses.chunked import term_values
+from jaxdistill.losses.dual_space import DSKD
 from jaxdistill.losses.pairs import Pairing, PairTerm, pair_positions
 from jaxdistill.losses.scores import Scores
 from jaxdistill.losses.terms import CrossEntropy, Parameterized, Positions, Term
 from jaxdistill.sharding import Layout
 from jaxdistill.types import Mean, Outputs, PairedBatch
+
+
+ACROSS_TOKENIZERS = (ALM, PairTerm, DSKD)
+"""The terms that compare two tokenizations of a text, and so read a `PairedBatch`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +38,7 @@ class Ends:
 
 
 def aligned_means(
-    terms: Mapping[str, Term | ALM],
+    terms: Mapping[str, Term | ALM | DSKD],
     student: Outputs,
     teacher: Outputs | None,
     batch: PairedBatch,
@@ -48,13 +53,13 @@ def aligned_means(
     """Each term's `Mean` over the batch, its total differentiable by the student and `parameters`.
 
     terms: those on the student's scores alone are means over supervised positions. student, teacher: of their own
-    rows. ends: for the `ALM` terms that read them. The teacher is not differentiated.
+    rows; for `DSKD` with what it taps. ends: for the `ALM` terms that read them. The teacher is not differentiated.
 
     Raises ValueError for terms that compare scores of equal ids at equal positions, of which there are none.
     """
     matching = {name: term for name, term in terms.items() if isinstance(term, ALM)}
     pairing = {name: term for name, term in terms.items() if isinstance(term, PairTerm)}
-    own = {name: term for name, term in terms.items() if not isinstance(term, ALM | PairTerm)}
+    own = {name: term for name, term in terms.items() if not isinstance(term, ALM | PairTerm | DSKD)}
     check_terms_on_pairs(terms, vocab=student.head.vocab)
     asked = {name: {} for name in ("student", "teacher")}
     for name, term in matching.items():
@@ -62,8 +67,8 @@ def aligned_means(
             asked["student"][f"{name}.ends"] = EndsChunk(ids=ends[name].student)
             asked["teacher"][f"{name}.ends"] = EndsChunk(ids=ends[name].teacher)
     alone = {**own, _LIKELIHOOD: CrossEntropy(), **asked["student"]}
-    options = {"parameters": parameters, "step": step, "chunk": chunk, "layout": layout}
-    values, masks = _at_positions(alone, pairing, student, teacher, batch, teacher_layout=teacher_layout, **options)
+    options = {"step": step, "chunk": chunk, "layout": layout, "teacher_layout": teacher_layout}
+    values, masks = _at_positions(alone, pairing, student, teacher, batch, parameters=parameters, **options)
     masks |= dict.fromkeys(own, batch.loss_mask)
     found = {name: Mean((values[name] * mask).sum(), mask.sum()) for name, mask in masks.items()}
     if matching:
@@ -82,6 +87,11 @@ def aligned_means(
                 _path(values, name, batch.chunks, batch.segment_ids),
                 _path(theirs, name, batch.teacher_chunks, batch.teacher.segment_ids),
             )
+    for name, term in terms.items():
+        if isinstance(term, DSKD):
+            assert teacher is not None, "spaces are a student's and a teacher's"
+            taps = (student.taps[name], teacher.taps[name])
+            found[name] = term(student, teacher, batch, *taps, parameters[name], **options)
     return found
 
 

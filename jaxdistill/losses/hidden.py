@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -122,9 +122,16 @@ class HiddenMatch:
         return Mean(sum(totals) / len(totals), mask.sum())
 
 
+@runtime_checkable
+class Tapped(Protocol):
+    """A term that reads what a model's layers hold."""
+
+    def tap(self, side: Literal["student", "teacher"]) -> Tap: ...
+
+
 def hidden_taps(terms: Mapping[str, Any], side: Literal["student", "teacher"]) -> dict[str, Tap]:
-    """The taps that one of the models needs for an objective's resolved terms on hidden states, by the terms' names."""
-    return {name: term.tap(side) for name, term in terms.items() if isinstance(term, HiddenMatch)}
+    """The taps that one of the models needs for an objective's resolved terms, by the terms' names."""
+    return {name: term.tap(side) for name, term in terms.items() if isinstance(term, Tapped)}
 
 
 def _check_pairs(layers: Any) -> None:

@@ -99,8 +99,9 @@ class ULD(PairTerm):
         student, teacher = student.at_temperature(temperature), teacher.at_temperature(temperature)
         if self.ranks is None:
             return sorted_distance(student.gather_chunk().probs(), teacher.gather_chunk().probs())
-        own, theirs = (_largest(scores, self.ranks) for scores in (student, teacher))
-        return jnp.abs(own - theirs).sum(-1) + jnp.abs(own.sum(-1) - theirs.sum(-1))
+        # The gap of what is left is that of the largest, with the other sign.
+        gaps = _largest(student, self.ranks) - _largest(teacher, self.ranks)
+        return jnp.abs(gaps).sum(-1) + jnp.abs(gaps.sum(-1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
