@@ -84,7 +84,9 @@ class DSKD:
         """
         own = _side(student, embeddings[0], batch)
         theirs = jax.lax.stop_gradient(_side(teacher, teacher_embeddings[0], batch.teacher))
-        to_student, to_teacher = _attention(own, theirs, parameters)
+        meet = own.used[:, :, None] & theirs.used[:, None, :]
+        meet &= own.segment_ids[:, :, None] == theirs.segment_ids[:, None, :]
+        to_student, to_teacher = _attention(own, theirs, meet, parameters)
         values = _divided(theirs.hidden, theirs) + _divided(theirs.targets, theirs)
         brought = to_student @ _mapped(parameters, "to_student", values)
         sent = to_teacher @ _mapped(parameters, "to_teacher", own.hidden)
@@ -92,19 +94,16 @@ class DSKD:
         heads = jax.lax.stop_gradient((student.head, teacher.head))
         projected = Outputs(brought.astype(student.hidden.dtype), heads[0])
         taught = Outputs(sent.astype(teacher.hidden.dtype), heads[1])
-        given = {"targets": batch.targets, "loss_mask": batch.loss_mask * (to_student.sum(-1) > 0.5), "layout": layout}
-        there = {
-            "targets": batch.teacher.targets,
-            "loss_mask": batch.teacher.loss_mask * (to_teacher.sum(-1) > 0.5),
-            "layout": teacher_layout or layout,
-        }
+        here = {"targets": batch.targets, "loss_mask": batch.loss_mask * meet.any(2), "layout": layout}
+        rows = batch.teacher
+        there = {"targets": rows.targets, "loss_mask": rows.loss_mask * meet.any(1), "layout": teacher_layout or layout}
         in_student = _WhereRight(term=self.student_space) if self.only_right else self.student_space
         found = (
-            term_values({"text": CrossEntropy()}, projected, None, step=step, chunk=chunk, **given),
-            term_values({"kl": in_student}, student, projected, step=step, chunk=chunk, **given),
+            term_values({"text": CrossEntropy()}, projected, None, step=step, chunk=chunk, **here),
+            term_values({"kl": in_student}, student, projected, step=step, chunk=chunk, **here),
             term_values({"kl": self.teacher_space}, taught, teacher, step=step, chunk=chunk, **there),
         )
-        return Mean(sum(x.sum() for each in found for x in each.values()), given["loss_mask"].sum())
+        return Mean(sum(x.sum() for each in found for x in each.values()), here["loss_mask"].sum())
 
 
 class _Side(NamedTuple):
@@ -130,19 +129,19 @@ def _side(outputs: Outputs, embeddings: Array, rows: Any) -> _Side:
     return _Side(kept(outputs.hidden), kept(embeddings), kept(following(embeddings)), used, segments)
 
 
-def _attention(own: _Side, theirs: _Side, parameters: Mapping[str, Array]) -> tuple[Array, Array]:
+def _attention(
+    own: _Side, theirs: _Side, meet: Bool[Array, "batch length teacher_length"], parameters: Mapping[str, Array]
+) -> tuple[Array, Array]:
     """What each of the student's positions takes of the teacher's, [batch, length, teacher_length], and the reverse,
-    [batch, teacher_length, length]; rows sum to 1, or to 0 where there is nothing to take."""
+    [batch, teacher_length, length]; rows sum to 1, or to 0 where there is nothing to take. meet: which may."""
     queries = _mapped(parameters, "query", jnp.concatenate([own.tokens, own.targets], axis=-1))
     keys = _divided(jnp.concatenate([theirs.tokens, theirs.targets], axis=-1), theirs)
     scores = jnp.einsum("bse,bte->bst", queries, keys) * keys.shape[-1] ** -0.5
-    allowed = own.used[:, :, None] & theirs.used[:, None, :]
-    allowed &= own.segment_ids[:, :, None] == theirs.segment_ids[:, None, :]
 
     def shares(scores: Array, allowed: Array) -> Array:
         return jnp.where(allowed, jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1), 0.0)
 
-    return shares(scores, allowed), shares(scores.swapaxes(1, 2), allowed.swapaxes(1, 2))
+    return shares(scores, meet), shares(scores.swapaxes(1, 2), meet.swapaxes(1, 2))
 
 
 def _mapped(parameters: Mapping[str, Array], name: str, values: Array) -> Array:
