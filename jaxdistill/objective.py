@@ -120,8 +120,10 @@ class Objective:
         across = sorted(name for name, term in terms.items() if isinstance(term, ACROSS_TOKENIZERS))
         if across:
             raise ValueError(
-                f"the terms {across} compare two tokenizations of a text, and the batch has one; give a PairedBatch (data.pipeline.make_loader with a teacher_tokenizer)."
+                f"the terms {across} compare two tokenizations of a text, and the batch has one; give a PairedBatch "
+                "(data.pipeline.make_loader with a teacher_tokenizer)."
             )
+        plain = {name: term for name, term in terms.items() if isinstance(term, Term)}
         if self.weighting == "fixed":
             return evaluate_terms(plain, outputs, signal, **_rows(batch), coefficients=known.coefficients, **options)
         # Gradients of single terms are asked for, and those need totals that are differentiable.

@@ -241,20 +241,6 @@ def test_counts_of_micro_batches_cost_no_model(terms, again):
     assert again or len(two) == len(one)
 
 
-def test_chunks_of_one_tokenization_are_refused():
-    step = make_train_step(
-        *(functools.partial(apply, shape) for shape in (STUDENT, TEACHER)),
-        {"alm": ALM()},
-        Optax(optax.sgd(1.0)).build(1),
-        chunk=8,
-    )
-    state = init_state(
-        tiny_params(STUDENT), {}, Optax(optax.sgd(1.0)).build(1), key=None, student_embed=16, teacher_embed=24
-    )
-    with pytest.raises(ValueError, match=r"\['alm'\] compare chunks of two tokenizations, and the batch has one"):
-        step(state, {}, tiny_params(TEACHER), packed_batch(0, vocab=40))
-
-
 def test_terms_that_need_a_teacher_are_refused_without_one():
     with pytest.raises(ValueError, match=r"\['alm', 'hidden', 'states'\] compare the student with a teacher"):
         make_train_step(functools.partial(apply, STUDENT), None, TERMS, Optax(optax.sgd(1.0)).build(1), chunk=8)
@@ -268,8 +254,7 @@ def test_terms_across_tokenizers_are_refused_where_there_is_one(term):
         {"mine": term},
         chunk=16,
     )
-    match = rf"\{{'mine': '{type(term).__name__}'\}} compare two tokenizations of a text, and the batch has one"
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=r"\['mine'\] compare two tokenizations of a text, and the batch has one"):
         step(tiny_params(STUDENT, 0), tiny_params(STUDENT, 1), packed_batch())
 
 

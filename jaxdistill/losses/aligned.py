@@ -24,7 +24,6 @@ from jaxdistill.losses.terms import CrossEntropy, Parameterized, Positions, Term
 from jaxdistill.sharding import Layout
 from jaxdistill.types import Mean, Outputs, PairedBatch
 
-
 ACROSS_TOKENIZERS = (ALM, PairTerm, DSKD)
 """The terms that compare two tokenizations of a text, and so read a `PairedBatch`."""
 

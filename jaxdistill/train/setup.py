@@ -315,7 +315,7 @@ def _resolved_terms(
 ) -> dict[str, AnyTerm]:
     """The objective's terms, those on hidden states with the layers that they compare."""
     kept = None if plan is None or config.student.path is not None else plan.layers
-    terms = dict(config.losses)
+    terms: dict[str, AnyTerm] = dict(config.losses)
     for name, term in config.losses.items():
         if isinstance(term, HiddenMatch):
             assert teacher is not None, "TrainConfig.check requires a teacher"
