@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from jaxdistill.align import edit_distance
 from jaxdistill.align.edit_distance import minimum_edit_map
+from jaxdistill.assets import asset
+from jaxdistill.tokenizers import load_tokenizer
 
 
 def levenshtein(one: bytes, other: bytes) -> int:
@@ -76,3 +78,17 @@ def test_progress_counts_what_has_no_equal():
 def test_an_empty_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocabulary is empty; give"):
         minimum_edit_map([b"a"], [])
+
+
+@pytest.mark.real
+def test_real_vocabularies():
+    """Llama 2's pieces in SmolLM2's: equal spellings, and some of those that have none."""
+    student = load_tokenizer(asset("tokenizers") / "tokenizer.llama2").token_bytes()
+    teacher = load_tokenizer(asset("smollm2")).token_bytes()
+    known = set(teacher)
+    missing = [token for token in student if token not in known]
+    equal = [token for token in student if token in known]
+    assert len(missing) > 10_000
+    assert [teacher[index] for index in minimum_edit_map(equal, teacher)] == equal
+    some = [missing[index] for index in np.random.default_rng(0).choice(len(missing), 3, replace=False)]
+    assert minimum_edit_map(some, teacher).tolist() == by_definition(some, teacher)
