@@ -71,9 +71,9 @@ class ULD(PairTerm):
     text, which is ours. The mean is over all pairs of the batch, in the authors' code over those of an answer first.
     The paper adds it to cross-entropy, the code with 1.5 times its weight. temperature divides both models' scores.
 
-    It sorts the vocabulary twice at each position, whole on every device: with 49k ids on a CPU, 4 ms for each sort
-    where the product that makes the scores takes 1.5 ms. ranks: sort that many of the largest only, and compare what
-    is left of both as if it were one id, never more than what its ranks would give. 1024 of 49k: 1.3 ms; ours.
+    It sorts both vocabularies at each position, whole on every device: with 49k ids 15 ms of a CPU for a position,
+    forwards and backwards, where forward KL takes 4. ranks, which is ours: sort that many of the largest only, and
+    compare what is left of both as if it were one id, which is never more than its ranks would give; 5 ms with 1024.
     """
 
     pairing: Pairing = "chunks"
