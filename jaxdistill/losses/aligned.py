@@ -1,7 +1,9 @@
 """Terms on two tokenizations of one text: what each model makes of its own tokens, brought together chunk by chunk.
 
 Values of single positions come from the chunked head (`losses.chunked.term_values`), so neither model's scores of more
-than a few positions ever exist; a term then compares [batch, length] numbers.
+than a few positions ever exist. A term then compares [batch, length] numbers of both sides (`losses.alm`), or was given
+the scores of paired positions (`losses.pairs`), or of states that were brought into the other's space
+(`losses.dual_space`).
 """
 
 from __future__ import annotations
@@ -156,9 +158,9 @@ def reads_teacher(term: Term, *, vocab: int = 8) -> bool:
         at = Positions(targets=targets, step=jnp.int32(0), one_to_one=targets == 0)
         return term(Scores(local), _Unread(local), at, parameters)
 
-    few = (jax.eval_shape(jax.random.key, 0), jnp.zeros((2, vocab)), jnp.zeros(2, jnp.int32))
+    scores, targets = (jax.ShapeDtypeStruct(*kind) for kind in (((2, vocab), jnp.float32), ((2,), jnp.int32)))
     try:
-        jax.eval_shape(trace, *few)
+        jax.eval_shape(trace, jax.eval_shape(jax.random.key, 0), scores, targets)
     except _TeacherRead:
         return True
     return False

@@ -58,8 +58,8 @@ class PairTerm(Term):
 
     @abc.abstractmethod
     def counted(self, pairs: Pairs, loss_mask: Float[Array, "batch length"]) -> Float[Array, "batch length"]:
-        """What each position counts in the mean, known from the data. Without a pair the teacher's hidden states are 0,
-        and a value that the term has there on its own is the text's."""
+        """What each position counts for in the mean, from the data alone. Without a pair the teacher's hidden states
+        are 0; a term counts such a position if its value there is of the text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
