@@ -123,6 +123,7 @@ def search(recipe: Annotated[Positional[str], arg(metavar="RECIPE")]) -> None:
 def evaluate(
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL")],
     teacher: str | None = None,
+    ensemble: Literal["scores", "probabilities"] | None = None,
     text: tuple[str, ...] = (),
     heldout: bool = False,
     field: str = "text",
@@ -143,6 +144,7 @@ def evaluate(
     Args:
         models: Checkpoints, Hugging Face directories or .gguf files.
         teacher: Also measure this model, and compare the others with it (KL in nats, top-1 agreement).
+        ensemble: Also measure the models as one, their scores or probabilities averaged; they share a tokenizer.
         text: Files of held-out text (.txt, .jsonl, .parquet, .array_record, directories): one domain each.
         heldout: The six domains of the project's own held-out text (fetched when it is not there).
         field: The key or column of the text, where the format has one.
@@ -164,6 +166,7 @@ def evaluate(
         EvaluateConfig(
             models=models,
             teacher=teacher,
+            ensemble=ensemble,
             text=text,
             heldout=heldout,
             field=field,

@@ -107,11 +107,14 @@ class Head:
 
     kernel: [vocab, embed], the layout of the embedding table, so that a tied head is the table itself.
     bias: [vocab] or None. soft_cap: scores become `cap * tanh(scores / cap)`; None leaves them.
+    members: the widths of several models' hidden states and kernels that stand side by side; scores are then the
+    logarithm of the mean of their probabilities. None is one model.
     """
 
     kernel: Float[Array, "vocab embed"]
     bias: Float[Array, "vocab"] | None = None
     soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    members: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def vocab(self) -> int:

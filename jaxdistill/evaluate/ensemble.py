@@ -20,7 +20,8 @@ Averaged = Literal["scores", "probabilities"]
 @dataclasses.dataclass(frozen=True)
 class Ensemble(Model):
     """Models that run on the same tokens in lockstep, read as one: config and tokenizer are the first one's, with the
-    smallest vocabulary and context among them. Make one with `ensemble`."""
+    smallest vocabulary (over which each model's probabilities add up to 1) and the shortest context among them. Make
+    one with `ensemble`."""
 
     members: tuple[Model, ...]
     averaged: Averaged

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdistill.checkpoint.open import Model
 from jaxdistill.data.packing import FirstFit, Piece, to_arrays
 from jaxdistill.data.tokenize import Tokenized
+from jaxdistill.evaluate.ensemble import Ensemble
 from jaxdistill.losses.chunked import default_chunk, term_values
 from jaxdistill.losses.terms import CrossEntropy, Term
 from jaxdistill.models.decoder import Execution, apply, head_of
@@ -161,6 +163,9 @@ def _chunk(model: Model, scoring: Scoring) -> int:
 
 
 def _outputs(model: Model, batch: Batch, scoring: Scoring) -> Outputs:
+    if isinstance(model, Ensemble):
+        states = [_outputs(member, batch, scoring).hidden for member in model.members]
+        return Outputs(hidden=jnp.concatenate(states, axis=-1), head=model.head)
     hidden = _hidden(model.config, scoring.layout, scoring.execution, model.params, batch)
     return Outputs(hidden=hidden, head=head_of(model.config, model.params))
 

@@ -13,9 +13,11 @@ from jaxdistill.checkpoint.open import Model, open_model
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.sources import Source
 from jaxdistill.evaluate import (
+    Averaged,
     ChoiceItem,
     Evaluation,
     Scoring,
+    ensemble,
     evaluate_text,
     excerpts,
     multiple_choice,
@@ -34,6 +36,7 @@ class EvaluateConfig:
 
     models: tuple[str, ...]
     teacher: str | None
+    ensemble: Averaged | None
     text: tuple[str, ...]
     heldout: bool
     field: str
@@ -52,6 +55,8 @@ class EvaluateConfig:
     def __post_init__(self):
         if not (self.models or self.teacher):
             raise ValueError("no model; give at least one path.")
+        if self.ensemble is not None and len(self.models) < 2:
+            raise ValueError(f"--ensemble averages at least two models; given: {list(self.models)}.")
         if not (self.text or self.heldout or self.piqa or self.choices):
             raise ValueError("nothing to evaluate on; give --text FILE, --heldout, --piqa ITEMS or --choices FILE.")
 
@@ -72,6 +77,9 @@ def evaluate_models(config: EvaluateConfig) -> Evaluation:
         with stage(f"opening {path}"):
             models[name] = open_model(path, layout=scoring.layout)
     teacher = names[0] if config.teacher else None
+    if config.ensemble is not None:
+        several = {name: model for name, model in models.items() if name != teacher}
+        models[f"mean of {config.ensemble}"] = ensemble(several, config.ensemble)
     text = {}
     if domains:
         with counted("text") as progress:

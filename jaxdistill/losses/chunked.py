@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -305,7 +306,8 @@ def _scan_values(plan: _Plan, learned: Any, given: Any) -> tuple[Array, Totals]:
     fixed = _fixed(plan, given)
 
     def body(sums, chunk):
-        found = _chunk_value(plan, _scores(head, chunk["hidden"], chunk["mask"]), parameters, chunk, fixed)
+        scores = _scores(head, chunk["hidden"], chunk["mask"], plan.places.vocab_axes)
+        found = _chunk_value(plan, scores, parameters, chunk, fixed)
         return jax.tree.map(jnp.add, sums, found), None
 
     sums, _ = jax.lax.scan(body, _zero_sums(plan), chunks)
@@ -317,7 +319,8 @@ def _scan_positions(plan: _Plan, learned: Any, given: Any) -> Totals:
     head, fixed = _spread_head(plan, learned["head"], hidden.dtype), _fixed(plan, given)
 
     def body(_, chunk):
-        return None, _chunk_values(plan, _scores(head, chunk["hidden"], chunk["mask"]), {}, chunk, fixed)
+        scores = _scores(head, chunk["hidden"], chunk["mask"], plan.places.vocab_axes)
+        return None, _chunk_values(plan, scores, {}, chunk, fixed)
 
     _, values = jax.lax.scan(body, None, _chunks(plan, hidden, given))
     rows, length = hidden.shape[:2]
@@ -325,6 +328,8 @@ def _scan_positions(plan: _Plan, learned: Any, given: Any) -> Totals:
 
 
 def _scan_gradients(plan: _Plan, learned: Any, given: Any) -> tuple[tuple[Array, Totals], Any]:
+    if learned["head"].members is not None:
+        raise ValueError("the mean of several models' probabilities has no gradient here; train one model at a time.")
     places, dtype = plan.places, learned["hidden"].dtype
     # `spread_*` bring what is learned to where the scan needs it; pulling back through them reduces the gradients of
     # all devices to where the parameters live, once, after the scan.
@@ -391,7 +396,8 @@ def _chunk_values(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed
     if fixed["teacher_head"] is None:
         teacher = Scores(jax.lax.stop_gradient(student.local), axes)
     else:
-        teacher = Scores(_scores(fixed["teacher_head"], chunk["teacher_hidden"], mask), their_axes)
+        theirs = _scores(fixed["teacher_head"], chunk["teacher_hidden"], mask, their_axes)
+        teacher = Scores(theirs, their_axes)
     at = Positions(targets=chunk["targets"], step=fixed["step"], one_to_one=chunk.get("one_to_one"))
     found = {}
     for name, term in plan.terms.items():
@@ -401,9 +407,17 @@ def _chunk_values(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed
     return found
 
 
-def _scores(head: Head, hidden: Array, mask: Array) -> Float[Array, "position vocab_shard"]:
+def _scores(head: Head, hidden: Array, mask: Array, axes: tuple[str, ...]) -> Float[Array, "position vocab_shard"]:
     """The scores of supervised positions, 0 before bias and cap where nothing is supervised."""
-    return _from_products(head, _products(head, _supervised(hidden, mask)))
+    hidden = _supervised(hidden, mask)
+    if head.members is None:
+        return _from_products(head, _products(head, hidden))
+    ends = tuple(itertools.accumulate(head.members))
+    log_probs = [
+        Scores(_products(Head(head.kernel[:, end - width : end]), hidden[:, end - width : end]), axes).log_probs()
+        for width, end in zip(head.members, ends, strict=True)
+    ]
+    return jax.nn.logsumexp(jnp.stack(log_probs), axis=0) - math.log(len(ends))
 
 
 def _products(head: Head, hidden: Array) -> Float[Array, "position vocab_shard"]:

@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 
 from jaxdistill.checkpoint.retention import Retention
 from jaxdistill.data.pipeline import DataConfig
-from jaxdistill.losses.alm import ALM
+from jaxdistill.losses.aligned import ACROSS_TOKENIZERS
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import Execution
 from jaxdistill.models.lora import Lora
-from jaxdistill.objective import Weighting
+from jaxdistill.objective import AnyTerm, Weighting
 from jaxdistill.optimizer import AdamW, Optimizer, WarmupCosine
 from jaxdistill.prune.choose import Target
 from jaxdistill.prune.measure import Activations, Scorer
@@ -173,9 +173,9 @@ class TrainConfig:
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    losses: dict[str, Term | HiddenMatch | ALM] = dataclasses.field(default_factory=lambda: {"kl": ForwardKL()})
-    """The objective: the sum of these terms, each times its weight. With `ALM` among them the text goes through both
-    models' tokenizers, which may differ."""
+    losses: dict[str, AnyTerm] = dataclasses.field(default_factory=lambda: {"kl": ForwardKL()})
+    """The objective: the sum of these terms, each times its weight. With `ALM`, `ULD`, `MinED` or `DSKD` among them the
+    text goes through both models' tokenizers, which may differ."""
     weighting: Weighting = "fixed"
     """Or "gradient_magnitude": every term moves the student as much as its weight says, see `objective.Weighting`."""
     optimizer: Optimizer = dataclasses.field(default_factory=lambda: AdamW(learning_rate=WarmupCosine(peak=1e-4)))
@@ -228,7 +228,7 @@ class TrainConfig:
     @property
     def aligned(self) -> bool:
         """Whether the text goes through the tokenizers of both models."""
-        return any(isinstance(term, ALM) for term in self.losses.values())
+        return any(isinstance(term, ACROSS_TOKENIZERS) for term in self.losses.values())
 
     def check(self) -> None:
         """Refuses what cannot run, before any device is touched."""
@@ -241,14 +241,14 @@ class TrainConfig:
         self._check_teacher()
         if self.data.teacher_length is not None and not self.aligned:
             raise ValueError(
-                "data.teacher_length is set and no loss compares two tokenizations; leave it out, or add an ALM term."
+                "data.teacher_length is set and no loss compares two tokenizations; leave it out, or add one (ALM)."
             )
         if self.teacher.path is None and self.student.model is not None and self.student.tokenizer is None:
             raise ValueError('a fresh student without a teacher needs --student.tokenizer PATH, or "bytes".')
 
     def _check_teacher(self) -> None:
         """Refuses what needs a teacher where there is none."""
-        needs = [name for name, term in self.losses.items() if isinstance(term, HiddenMatch | ALM)]
+        needs = [name for name, term in self.losses.items() if isinstance(term, (HiddenMatch, *ACROSS_TOKENIZERS))]
         if self.teacher.path is None and needs:
             raise ValueError(
                 f"losses {needs} compare the student with a teacher and there is none; give --teacher.path DIR."

@@ -15,13 +15,15 @@ import numpy as np
 
 from jaxdistill import partition
 from jaxdistill.align import boundary_mask
+from jaxdistill.align.edit_distance import minimum_edit_map
 from jaxdistill.assets import cache_directory
 from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.formats.paths import local_path
-from jaxdistill.losses.aligned import Ends
+from jaxdistill.losses.aligned import Ends, check_terms_on_pairs
 from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
+from jaxdistill.losses.pairs import MinED
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
 from jaxdistill.models.decoder import Execution, apply
 from jaxdistill.models.flops import adapter_flops, forward_flops, training_flops
@@ -231,6 +233,7 @@ def tokenizers_of(config: TrainConfig) -> Tokenizers:
     assert chosen is not None, "TrainConfig.check requires a model"
     if config.aligned:
         assert teacher is not None, "TrainConfig.check requires a teacher for terms that compare with one"
+        check_terms_on_pairs(config.losses, vocab=chosen[0].vocab)
         return Tokenizers(chosen[1], teacher[1])
     if teacher and student:
         _check_same_tokens(teacher, student)
@@ -338,6 +341,14 @@ def _apply_student(
     return apply(config, params, batch, layout=layout, execution=execution, taps=taps)
 
 
+def _mapped_terms(terms: Mapping[str, AnyTerm], student: Tokenizer, teacher: Tokenizer) -> dict[str, AnyTerm]:
+    """Terms that carry one vocabulary over to the other, with their map."""
+    if not any(isinstance(term, MinED) for term in terms.values()):
+        return dict(terms)
+    ids = minimum_edit_map(student.token_bytes(), teacher.token_bytes())
+    return {name: term.resolved(ids) if isinstance(term, MinED) else term for name, term in terms.items()}
+
+
 class Programs:
     """The pure steps of a run, jitted for its places."""
 
@@ -347,6 +358,8 @@ class Programs:
         if correction is not None:
             self.optimizer = side_by_side(self.optimizer, correction.optimizer.build(config.steps))
         self.terms = _resolved_terms(config, student.config, teacher.config if teacher else None, student.plan)
+        if teacher is not None:
+            self.terms = _mapped_terms(self.terms, student.tokenizer, teacher.tokenizer)
         self.held_out_terms = held_out_terms(config, with_teacher=teacher is not None)
         self._teacher_vocab = None if teacher is None else teacher.config.vocab
         ends = {} if teacher is None else ends_of_chunks(self.terms, student.tokenizer, teacher.tokenizer)
