@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -76,6 +77,8 @@ def _dispatch(arguments: list[str]) -> None:
         print(_help())
         return
     name, *rest = arguments
+    if f"{name} {' '.join(rest[:1])}" in COMMANDS:
+        name, *rest = f"{name} {rest[0]}", *rest[1:]
     if name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}.")
     if name in RECIPES and rest and not rest[0].startswith("-"):
@@ -88,7 +91,7 @@ def _help() -> str:
     lines = ["usage: jaxdistill [--debug] COMMAND ...", "", "Distil language models with JAX.", "", "commands:"]
     for name, command in COMMANDS.items():
         summary = inspect.cleandoc(command.__doc__ or "").splitlines()[0]
-        lines.append(f"  {name:<9} {summary}")
+        lines.append(f"  {name:<{max(map(len, COMMANDS))}} {summary}")
     return "\n".join([*lines, "", "`jaxdistill COMMAND --help` tells more; --debug shows the traceback of any error."])
 
 
@@ -381,6 +384,73 @@ def inspect_(path: Annotated[Positional[str], arg(metavar="PATH")], tensors: boo
     print(describe_path(path, tensors=tensors))
 
 
+def inspect_alignment(
+    text: Annotated[Positional[str | None], arg(metavar="[TEXT]")] = None,
+    *,
+    teacher: str,
+    student: str,
+    file: str | None = None,
+    record: int = 0,
+    field: str = "text",
+    bytes_per_document: int | None = 1000,
+    prepend_bos: bool = False,
+    append_eos: bool = False,
+    chunks: Literal["minimal", "words"] = "minimal",
+    merge_threshold: float | None = 0.1,
+    activations: Literal["float32", "bfloat16"] = "float32",
+    html: str | None = None,
+) -> None:
+    """Show a text in two tokenizations, chunk by chunk, with both models' log-likelihoods: what ALM compares.
+
+    Both sides of a chunk stand one under the other, and below them log-likelihoods in nats, by how much the student's
+    is higher, and the divergence (times 1000) of the chunks that are compared as one. Colours need a terminal and no
+    NO_COLOR. (A model in a directory named "alignment" is ./alignment.)
+
+    Args:
+        text: The text itself, or give --file.
+        teacher: A model (checkpoint, Hugging Face directory, .gguf file), or a tokenizer alone: tokenizer.json, a
+            SentencePiece model, or the word bytes. Without a model there are no likelihoods on its side.
+        student: The same, of the student.
+        file: Take the text from here (.txt, .jsonl, .parquet, .array_record): a plain text, a prompt and its
+            completion, or a conversation.
+        record: Which record of the file, from 0.
+        field: The key or column of the text, where the format has one.
+        bytes_per_document: Of a plain text in a file, the first so many bytes; None takes all.
+        prepend_bos: Begin the text with the begin-of-text token, on the sides that have one.
+        append_eos: End it with the end-of-text token, on the sides that have one.
+        chunks: Chunks end wherever a token ends on both sides, or only where a word may begin next.
+        merge_threshold: Join a chunk with the next where the teacher's probability that a word ends is lower; None
+            joins none.
+        activations: The precision of activations.
+        html: Also write the same as a page.
+    """
+    from jaxdistill.jobs.inspect_alignment import AlignmentConfig
+    from jaxdistill.jobs.inspect_alignment import inspect_alignment as view_of
+    from jaxdistill.report.alignment import alignment_text
+    from jaxdistill.report.alignment_page import write_alignment
+
+    view = view_of(
+        AlignmentConfig(
+            text=text,
+            teacher=teacher,
+            student=student,
+            file=file,
+            record=record,
+            field=field,
+            bytes_per_document=bytes_per_document,
+            prepend_bos=prepend_bos,
+            append_eos=append_eos,
+            chunks=chunks,
+            merge_threshold=merge_threshold,
+            activations=activations,
+        )
+    )
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(alignment_text(view, width=shutil.get_terminal_size((100, 24)).columns, colour=colour))
+    if html is not None:
+        print(write_alignment(view, html, student=student, teacher=teacher))
+
+
 def report(run: Annotated[Positional[str], arg(metavar="RUN")]) -> None:
     """Write a run's page, RUN/report.html: curves, evaluation, samples, times.
 
@@ -401,6 +471,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "convert": convert,
     "inspect": inspect_,
+    "inspect alignment": inspect_alignment,
     "report": report,
 }
 

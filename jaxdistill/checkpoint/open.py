@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxdistill.checkpoint.model import describe, is_model, load_model_checkpoint
-from jaxdistill.models.load import model_config, read_model
+from jaxdistill.formats.paths import local_path
+from jaxdistill.models.load import CONFIG_NAME, model_config, read_model
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import ModelConfig
 from jaxdistill.tokenizers import Tokenizer, load_tokenizer
@@ -35,6 +36,12 @@ def open_model(path: str | os.PathLike[str], *, layout: Layout = Layout(), dtype
     read = load_model_checkpoint if is_model(path) else read_model
     config, params = read(path, layout=layout, dtype=dtype)
     return Model(config, params, tokenizer)
+
+
+def has_model(path: str | os.PathLike[str]) -> bool:
+    """Whether a path claims to be a model, rather than a tokenizer alone: what `open_model` opens, if it is whole."""
+    place = local_path(path)
+    return is_model(path) or (place / CONFIG_NAME).is_file() or place.suffix == ".gguf"
 
 
 def open_config(path: str | os.PathLike[str]) -> ModelConfig:

@@ -137,6 +137,25 @@ def score(
     return sums
 
 
+def position_values(
+    name: str, model: Model, piece: Piece, terms: Mapping[str, Term], *, scoring: Scoring = Scoring()
+) -> dict[str, np.ndarray]:
+    """Each term's value at every position of one piece, supervised or not: float64 [len(piece)].
+
+    name: what errors call the model; they are those of `score`.
+    """
+    if not len(piece):
+        return {term: np.zeros(0) for term in terms}
+    _check(name, model, [piece])
+    rows, length = scoring.shape(len(piece))
+    [packed] = pack([dataclasses.replace(piece, origin=(0,))], rows=rows, length=length)
+    used = (packed.fields["segment_ids"] > 0).astype(np.float32)
+    batch = Batch(**put_global_batch(scoring.layout, packed.fields | {"loss_mask": used}))
+    outputs = _outputs(model, batch, scoring)
+    values = _values(tuple(terms.items()), _chunk(model, scoring), scoring.layout, outputs, None, batch)
+    return {term: np.asarray(value, np.float64)[0, : len(piece)] for term, value in values.items()}
+
+
 def _terms_of(
     model: Model, terms: Mapping[str, Term], teacher: Model | None, compared: Mapping[str, Term]
 ) -> dict[str, Term]:

@@ -118,16 +118,34 @@ class ALM:
         Both sides number the same chunks; a chunk must not span two segments.
         """
         teacher = jax.lax.stop_gradient(teacher)
+        found = self.compare(student, teacher)
+        counted = {"chunks": found.chunks, "groups": found.groups, "teacher_tokens": teacher.chunks > 0}
+        return Mean(found.divergence.sum(), counted[self.denominator].sum().astype(jnp.float32))
+
+    def compare(self, student: Path, teacher: Path) -> Compared:
+        """What the sum is over, chunk by chunk and group by group; both sides are differentiated."""
         slots = min(student.chunks.shape[1], teacher.chunks.shape[1])
         own, theirs = _chunks(student, slots), _chunks(teacher, slots)
         chunks = theirs.exists
-        own, theirs = _joined(self.merge_threshold, own, theirs)
-        counted = {"chunks": chunks, "groups": theirs.exists, "teacher_tokens": teacher.chunks > 0}[self.denominator]
+        own, theirs, group = _joined(self.merge_threshold, own, theirs)
         s, t = (side.log_probs + side.ends if self.append_end else side.log_probs for side in (own, theirs))
         # Where there is no chunk any likelihood but 0 will do: its divergence is finite, and so is its gradient.
         s, t = (jnp.where(theirs.exists, jnp.minimum(x, 0.0), -1.0) for x in (s, t))
         found = divergence(self.divergence, s, t, temperature=self.temperature, epsilon=self.epsilon)
-        return Mean(jnp.where(theirs.exists, found, 0.0).sum(), counted.sum().astype(jnp.float32))
+        return Compared(chunks, group, theirs.exists, s, t, jnp.where(theirs.exists, found, 0.0))
+
+
+class Compared(NamedTuple):
+    """Chunks and what became of them, each field [batch, slots]. chunks: whether there is one in the slot. group: the
+    slot that its group is in. groups: whether there is one in the slot; student, teacher: its log-likelihoods, ends
+    included; divergence: of the two, 0 where there is no group."""
+
+    chunks: Any
+    group: Int[Array, "batch slots"]
+    groups: Any
+    student: Float[Array, "batch slots"]
+    teacher: Float[Array, "batch slots"]
+    divergence: Float[Array, "batch slots"]
 
 
 class Chunks(NamedTuple):
@@ -168,12 +186,13 @@ def _chunks(path: Path, slots: int) -> Chunks:
     )
 
 
-def _joined(threshold: float | None, own: Chunks, theirs: Chunks) -> tuple[Chunks, Chunks]:
-    """Both sides' chunks, each joined with the next ones until the teacher says that a word may end."""
+def _joined(threshold: float | None, own: Chunks, theirs: Chunks) -> tuple[Chunks, Chunks, Array]:
+    """Both sides' chunks, each joined with the next ones until the teacher says that a word may end; and the slot that
+    each chunk is then in."""
     known = own.ended & theirs.ended
     own, theirs = (side._replace(ends=jnp.where(known, side.ends, 0.0)) for side in (own, theirs))
     if threshold is None:
-        return own, theirs
+        return own, theirs, jnp.broadcast_to(jnp.arange(own.exists.shape[1]), own.exists.shape)
     closes = (jnp.exp(theirs.ends) > threshold) | ~(own.follows & theirs.follows)
     group = jnp.cumsum(closes, axis=1) - closes  # how many groups were closed before
     slots = closes.shape[1]
@@ -188,7 +207,7 @@ def _joined(threshold: float | None, own: Chunks, theirs: Chunks) -> tuple[Chunk
             exists=total(side.exists.astype(jnp.int32)) > 0,
         )
 
-    return join(own), join(theirs)
+    return join(own), join(theirs), group
 
 
 def reduce_rows(reduce: Any, values: Array, ids: Array, slots: int) -> Array:

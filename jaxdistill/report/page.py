@@ -40,9 +40,10 @@ def render(data: ReportData) -> str:
     return html_page(data.title, body)
 
 
-def html_page(title: str, body: str) -> str:
-    """A whole page around some sections, with nothing from outside the file."""
-    style = files("jaxdistill.report").joinpath("style.css").read_text(encoding="utf-8")
+def html_page(title: str, body: str, *, styles: Sequence[str] = ("style.css",)) -> str:
+    """A whole page around some sections, with nothing from outside the file. styles: sheets of this directory."""
+    sheets = files("jaxdistill.report")
+    style = "".join(sheets.joinpath(name).read_text(encoding="utf-8") for name in styles)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
