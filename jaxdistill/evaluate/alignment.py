@@ -44,8 +44,9 @@ class Token(NamedTuple):
 class Cell:
     """The tokens of a chunk on both sides, or tokens between two chunks that are in none.
 
-    sides: the student's, the teacher's. chunk: its number from 1; 0 is none. compared: whether likelihood matching compares the chunk: both models predict
-    all of it. text_bytes: of the original text. group: the place among `AlignedView.groups` of the group it is in.
+    sides: the student's, the teacher's. chunk: its number from 1; 0 is none. compared: whether likelihood matching
+    compares the chunk: both models predict all of it. text_bytes: of the original text. group: the place among
+    `AlignedView.groups` of the group it is in.
     """
 
     sides: tuple[tuple[Token, ...], ...]
@@ -159,12 +160,8 @@ def _path(name: str, side: Side, model: Model, piece: Piece, chunks: np.ndarray,
     white_space = "".join(term.white_space).encode()
     ids = boundary_mask(side.tokenizer.token_bytes(), side.tokenizer.special.all.values(), white_space=white_space)
     values = position_values(name, model, piece, {"nats": CrossEntropy(), "ends": EndsChunk(ids=ids)}, scoring=scoring)
-    return Path(
-        log_probs=-values["nats"][None],
-        ends=values["ends"][None],
-        chunks=chunks[None],
-        segment_ids=np.ones_like(chunks)[None],
-    )
+    fields = (-values["nats"], values["ends"], chunks, np.ones_like(chunks))
+    return Path(*(jnp.asarray(field)[None] for field in fields))
 
 
 def _tokens(tokenizer: Tokenizer, ids: np.ndarray, path: Path | None) -> list[Token]:
@@ -177,7 +174,7 @@ def _groups(term: ALM, student: Path | None, teacher: Path | None, *, numbers: n
     """numbers: of the chunks that are compared."""
     if student is None or teacher is None or not len(numbers):
         return ()
-    found = jax.device_get(term.compare(*jax.tree.map(jnp.asarray, (student, teacher))))
+    found = jax.device_get(term.compare(student, teacher))
     members = [numbers[found.group[0, : len(numbers)] == group] for group in np.flatnonzero(found.groups[0])]
     values = zip(found.student[0], found.teacher[0], found.divergence[0], strict=True)
     return tuple(

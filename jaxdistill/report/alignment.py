@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jaxdistill.evaluate.alignment import AlignedView, Cell, Token
+from jaxdistill.evaluate.alignment import AlignedView, Cell, Group, Token
 
 MARKS = {" ": "·", "\n": "⏎", "\t": "⇥"}
 BAR = "│"
@@ -35,8 +35,9 @@ def alignment_text(view: AlignedView, *, width: int = 100, colour: bool = False)
     nothing else of the text changes. Below each stand its log-likelihoods, and below the chunks that are compared as
     one their divergence, times 1000. A chunk that no line holds is continued on the next.
     """
-    columns = [part for cell in view.cells for part in _columns(view, cell, max(8, width - LABEL_WIDTH))]
-    blocks = ["\n".join(_block(view, line, colour)) for line in _lines(columns, width - LABEL_WIDTH)]
+    room = width - LABEL_WIDTH
+    columns = [column for cell in view.cells for column in _columns(view, cell, room, colour)]
+    blocks = ["\n".join(_block(view, line, colour)) for line in _lines(columns, room)]
     return "\n\n".join([*blocks, _summary(view)])
 
 
@@ -65,21 +66,20 @@ def totals(view: AlignedView) -> list[list[str]]:
 
 
 class _Column(NamedTuple):
-    """One column of a block, a chunk's or a part of it. texts: both sides, without edges. numbers: what stands below,
-    by label. opens, closes: whether the group's bracket begins and ends here."""
+    """One column of a block, a chunk's or a part of it. texts: both sides. numbers: what stands below, by label. opens,
+    closes: whether the group's bracket begins and ends here."""
 
     cell: Cell
     texts: tuple[str, ...]
-    edges: tuple[str, str]
     numbers: dict[str, str]
     opens: bool
     closes: bool
 
     @property
     def width(self) -> int:
-        tokens = max(map(columns_of, self.texts)) + 2
         room = {"ALM x1000": 2}  # its bracket; other numbers keep their distance from the one before
-        return max([tokens, *(len(number) + room.get(label, 1) for label, number in self.numbers.items())])
+        numbers = [len(number) + room.get(label, 1) for label, number in self.numbers.items()]
+        return max(*map(columns_of, self.texts), *numbers)
 
 
 def columns_of(text: str) -> int:
@@ -89,43 +89,42 @@ def columns_of(text: str) -> int:
     )
 
 
-def _columns(view: AlignedView, cell: Cell, room: int) -> Iterator[_Column]:
+def _columns(view: AlignedView, cell: Cell, room: int, colour: bool) -> Iterator[_Column]:
     """A cell's columns: one, unless it is wider than a line."""
-    parts = list(itertools.zip_longest(*(_broken(side, room - 2) for side in cell.sides), fillvalue=""))
-    borders = None if cell.group is None else view.groups[cell.group][:2]
-    begins, ends = (cell.chunk == border for border in borders or (None, None))
-    for index, texts in enumerate(parts):
-        first, last = index == 0, index == len(parts) - 1
-        edges = "[]" if cell.compared else "()" if cell.chunk else "  "
+    edges = "  " if colour or not cell.chunk else "[]" if cell.compared else "()"
+    parts = list(itertools.zip_longest(*(_broken(side, edges, room) for side in cell.sides), fillvalue=""))
+    group = None if cell.group is None else view.groups[cell.group]
+    for index, texts in enumerate(parts, 1):
+        last = index == len(parts)
         yield _Column(
             cell,
             texts,
-            (edges[0] if first else " ", edges[1] if last else " "),
-            _numbers(view, cell, ends) if last else {},
-            begins and first,
-            ends and last,
+            _numbers(cell, group) if last else {},
+            opens=group is not None and group.first == cell.chunk and index == 1,
+            closes=group is not None and group.last == cell.chunk and last,
         )
 
 
-def _broken(tokens: Sequence[Token], room: int) -> list[str]:
-    """Tokens between bars, in pieces of at most `room` columns (a token is never cut)."""
+def _broken(tokens: Sequence[Token], edges: str, room: int) -> list[str]:
+    """Tokens between bars and edges, in pieces of at most `room` columns (a token is never cut)."""
     pieces: list[str] = []
-    for token in map(visible, (token.text for token in tokens)):
-        joined = f"{pieces[-1]}{BAR}{token}" if pieces else token
-        if pieces and columns_of(joined) <= room:
+    for token in tokens:
+        joined = f"{pieces[-1]}{BAR}{visible(token.text)}" if pieces else edges[0] + visible(token.text)
+        if pieces and columns_of(joined) < room:
             pieces[-1] = joined
         else:
-            pieces.append(token)
-    return pieces
+            pieces.append(joined if not pieces else visible(token.text))
+    return [*pieces[:-1], pieces[-1] + edges[1]] if pieces else []
 
 
-def _numbers(view: AlignedView, cell: Cell, ends: bool) -> dict[str, str]:
+def _numbers(cell: Cell, group: Group | None) -> dict[str, str]:
+    """What stands below a chunk; the divergence of a group below its last one."""
     student, teacher = cell.nats
     found = {
         "student nats": "" if student is None else f"{student:.2f}",
         "teacher nats": "" if teacher is None else f"{teacher:.2f}",
         "difference": "" if cell.difference is None else f"{cell.difference:+.2f}",
-        "ALM x1000": f"{1000 * view.groups[cell.group].divergence:.2f}" if ends and cell.group is not None else "",
+        "ALM x1000": "" if group is None or group.last != cell.chunk else f"{1000 * group.divergence:.2f}",
     }
     return {label: number for label, number in found.items() if number}
 
@@ -150,7 +149,8 @@ def _block(view: AlignedView, line: Sequence[_Column], colour: bool) -> Iterator
     for label in known:
         yield _row(label, [column.numbers.get(label, "").rjust(column.width) for column in line])
     if view.groups:
-        yield _row("ALM x1000", [_bracket(columns) for columns in _by_group(line)])
+        joined = itertools.groupby(line, key=lambda column: column.cell.group)
+        yield _row("ALM x1000", [_bracket(list(columns)) for _, columns in joined])
 
 
 def _row(label: str, pieces: Sequence[str]) -> str:
@@ -160,19 +160,13 @@ def _row(label: str, pieces: Sequence[str]) -> str:
 def _tokens(column: _Column, side: int, colour: bool) -> str:
     """A column's tokens, filled to its width."""
     cell, text = column.cell, column.texts[side]
-    left, right = "  " if colour or not text else column.edges
-    filled = f"{left}{text}{right}" + " " * (column.width - columns_of(text) - 2)
+    filled = text + " " * (column.width - columns_of(text))
     if not colour:
         return filled
     if not cell.chunk:
         return f"\033[2m{filled}\033[0m"
     ground = BACKGROUNDS[cell.chunk % len(BACKGROUNDS)] if cell.compared else NOT_COMPARED
     return f"\033[38;5;16;48;5;{ground}m{filled}\033[0m"
-
-
-def _by_group(line: Sequence[_Column]) -> Iterator[list[_Column]]:
-    for _, columns in itertools.groupby(line, key=lambda column: column.cell.group):
-        yield list(columns)
 
 
 def _bracket(columns: Sequence[_Column]) -> str:
