@@ -375,6 +375,8 @@ def retokenize(
 def inspect_(path: Annotated[Positional[str], arg(metavar="PATH")], tensors: bool = False) -> None:
     """Tell what a model or a run is, without reading arrays.
 
+    `jaxdistill inspect alignment --help` is about two tokenizations of a text.
+
     Args:
         path: A checkpoint, a Hugging Face directory, a .gguf file or a run's directory.
         tensors: Also list every tensor with its axes, shape and dtype.

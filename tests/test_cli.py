@@ -14,6 +14,8 @@ from jaxdistill import cli
 from jaxdistill.data.sources import DataError
 from jaxdistill.train.config import TrainConfig
 
+ALIGNMENT = ("inspect", "alignment", "--teacher", "bytes")
+
 RECIPE = '''"""A recipe of a test.
 
 What it does stands here.
@@ -150,8 +152,8 @@ def test_a_missing_recipe_names_those_that_are_there(tmp_path, capsys):
 def test_an_unknown_command_lists_the_commands(capsys):
     assert cli.run(["trian"]) == 2
     assert (
-        "'trian'; the commands are train, prune, search, evaluate, generate, convert, inspect, report"
-        in capsys.readouterr().err
+        "'trian'; the commands are train, prune, search, evaluate, generate, convert, inspect, inspect alignment, "
+        "report" in capsys.readouterr().err
     )
 
 
@@ -191,6 +193,14 @@ def test_what_an_error_says():
     ("arguments", "message"),
     [
         (["inspect", "NOWHERE"], "NOWHERE: there is no such file or directory"),
+        ([*ALIGNMENT, "x", "--student", "NOWHERE"], "there is no file NOWHERE; allowed: a directory with tokenizer"),
+        ([*ALIGNMENT, "x", "--file", "FILE", "--student", "bytes"], "both TEXT and --file are given"),
+        ([*ALIGNMENT, "--student", "bytes"], "neither TEXT nor --file is given; give one of them"),
+        ([*ALIGNMENT, "", "--student", "bytes"], "TEXT is empty"),
+        ([*ALIGNMENT, "--file", "NOWHERE.txt", "--student", "bytes"], "NOWHERE.txt: there is no such file"),
+        ([*ALIGNMENT, "x", "--merge-threshold", "2", "--student", "bytes"], "ALM.merge_threshold is 2.0"),
+        ([*ALIGNMENT, "x", "--record", "-1", "--student", "bytes"], "record is -1; records are counted from 0"),
+        ([*ALIGNMENT, "x", "--bytes-per-document", "0", "--student", "bytes"], "bytes_per_document is 0"),
         (["report", "NOWHERE"], "is not a run's directory"),
         (["convert", "NOWHERE", "OUT"], "NOWHERE"),
         (["convert", "NOWHERE", "FULL"], "FULL exists and is not empty"),
@@ -241,6 +251,16 @@ def test_settings_are_refused_before_any_backend_starts(recipe):
     assert done.returncode == 2
     assert done.stderr.startswith("error: nothing to train on")
     assert "nonexistent" not in done.stderr
+
+
+def test_tokenizers_are_aligned_and_mistakes_told_without_any_backend():
+    both = (*ALIGNMENT, "--student", "bytes")
+    done, _ = command(*both, "it is", JAX_PLATFORMS="nonexistent")
+    assert done.stdout.startswith("student      (i)[t][·][i][s]\nteacher      (i)[t][·][i][s]\n\n")
+    done, seconds = command("inspect", "alignment", "--help", JAX_PLATFORMS="nonexistent")
+    assert done.returncode == 0
+    assert seconds < 4
+    assert "--merge-threshold" in done.stdout
 
 
 def test_the_platform_of_these_tests_does_fail():

@@ -173,7 +173,7 @@ def _check(name: str, model: Model, pieces: Sequence[Piece]) -> None:
     if longest > model.config.max_length:
         raise ValueError(
             f"a text has {longest} tokens and the model {name!r} takes at most {model.config.max_length}; "
-            "use a smaller length."
+            "give a shorter text, or a smaller length."
         )
 
 

@@ -14,9 +14,13 @@ from tiny_tokenizers import TEXTS
 
 from jaxdistill.align import align
 from jaxdistill.assets import asset
+from jaxdistill.checkpoint.open import open_model
 from jaxdistill.data.aligned import AlignedTokenizer
 from jaxdistill.data.chat import ChatFormat
 from jaxdistill.data.pipeline import DataConfig, make_loader
+from jaxdistill.evaluate import evaluate_text
+from jaxdistill.jobs.inspect_alignment import AlignmentConfig, inspect_alignment
+from jaxdistill.report.alignment import alignment_text
 from jaxdistill.tokenizers import Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.real
@@ -95,6 +99,25 @@ def test_conversations_of_two_published_templates():
         said.append(b"".join(vocabulary[token] for token in tokens.ids[compared]).decode())
         assert (ChatFormat(tokenizer).locate(turns).contents >= 0).all()
     assert said == ["東京 (Tokyo), of course 😀.<|im_end|>"] * 2
+
+
+def test_what_there_is_to_see_of_smollm2_beside_llama2():
+    """The model's likelihoods beside a tokenizer alone: totals as its own held-out scoring has them."""
+    text = "The capital of Japan is Tokyo. Anthropomorphic frogs 😀 discuss jurisprudence."
+    config = AlignmentConfig(
+        text=text, student=str(asset("smollm2")), teacher=str(asset("tokenizers") / "tokenizer.llama2")
+    )
+    view = inspect_alignment(config)
+    shown = alignment_text(view, width=100)
+    assert "[·jurisprudence]" in shown
+    assert "[·juris│pr│ud│ence]" in shown
+    assert r"[·\xf0\x9f\x98]" in shown
+    assert r"[·│\xf0│\x9f│\x98]" in shown
+    model = open_model(asset("smollm2"))
+    measured = evaluate_text({"model": model}, {"text": [text]})["model"]["text"]
+    # The first token is predicted by nothing on either side, and is a chunk of its own.
+    assert view.bits_per_byte == [pytest.approx(measured.bits_per_byte, rel=1e-4), None]
+    assert view.one_to_one > 0.7
 
 
 def test_the_loader_of_pairs_keeps_up_and_fills_its_rows():
