@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,13 @@ from jaxdistill.data.chat import Located, check_messages
 from jaxdistill.data.sources import CONVERSATION, PAIR, Record
 from jaxdistill.data.tokenize import TEMPLATE_DATE, DocumentTokenizer, Tokenized, is_pair, naming
 from jaxdistill.tokenizers.base import Tokenizer
+
+
+def following_ids(tokenizer: Tokenizer, white_space: Iterable[str]) -> np.ndarray:
+    """The ids that can follow the end of a word, bool [vocab]: such as begin with `white_space`, and special tokens."""
+    return boundary_mask(
+        tokenizer.token_bytes(), tokenizer.special.all.values(), white_space="".join(white_space).encode()
+    )
 
 
 class Units(NamedTuple):

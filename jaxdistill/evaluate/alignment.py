@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill.align import boundary_mask
 from jaxdistill.checkpoint.open import Model
-from jaxdistill.data.aligned import AlignedDocument
+from jaxdistill.data.aligned import AlignedDocument, following_ids
 from jaxdistill.data.aligned_rows import AlignedPiece
 from jaxdistill.data.packing import Piece
 from jaxdistill.evaluate.scoring import Scoring, position_values
@@ -157,8 +156,7 @@ def aligned_view(
 
 def _path(name: str, side: Side, model: Model, piece: Piece, chunks: np.ndarray, term: ALM, scoring: Scoring) -> Path:
     """The model's account of its own tokens; each field [1, positions]."""
-    white_space = "".join(term.white_space).encode()
-    ids = boundary_mask(side.tokenizer.token_bytes(), side.tokenizer.special.all.values(), white_space=white_space)
+    ids = following_ids(side.tokenizer, term.white_space)
     values = position_values(name, model, piece, {"nats": CrossEntropy(), "ends": EndsChunk(ids=ids)}, scoring=scoring)
     fields = (-values["nats"], values["ends"], chunks, np.ones_like(chunks))
     return Path(*(jnp.asarray(field)[None] for field in fields))

@@ -1,4 +1,4 @@
-"""A page that a person looks at: one self-contained HTML file about a run."""
+"""What a person looks at: a run's page, one self-contained HTML file, and the alignment of a text, as text and page."""
 
 from jaxdistill.report.data import ModelFacts, ReportData, Sample, collect
 from jaxdistill.report.page import render, write_report

@@ -90,7 +90,10 @@ def _legend(view: AlignedView) -> str:
     if view.groups:
         scale = (-FULL_NATS, -FULL_NATS / 3, 0.0, FULL_NATS / 3, FULL_NATS)
         keys = "".join(f'<span class="swatch {_ground(nats)}>{nats:+g}</span>' for nats in scale)
-        shown += [f"the student finds it less likely {keys} likelier, in nats", "a line below: compared as one"]
+        shown += [
+            f"the student finds it less likely {keys} likelier: the number, in nats",
+            "a line below: compared as one",
+        ]
     elif any(nats is not None for nats in view.nats):
         shown += ["below: the log-likelihood in nats"]
     shown += ['<span class="swatch left-out">grey</span> not compared', "without ground: in no chunk"]

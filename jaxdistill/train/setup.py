@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdistill import partition
-from jaxdistill.align import boundary_mask
 from jaxdistill.align.edit_distance import minimum_edit_map
 from jaxdistill.assets import cache_directory
 from jaxdistill.checkpoint.open import Model, open_config, open_model
+from jaxdistill.data.aligned import following_ids
 from jaxdistill.formats.paths import local_path
 from jaxdistill.losses.aligned import Ends, check_terms_on_pairs
 from jaxdistill.losses.alm import ALM
@@ -462,9 +461,8 @@ def held_out_terms(config: TrainConfig, *, with_teacher: bool) -> dict[str, Term
 
 def ends_of_chunks(terms: Mapping[str, AnyTerm], student: Tokenizer, teacher: Tokenizer) -> dict[str, Ends]:
     """Of each `ALM` term the ids of both tokenizers that can follow the end of a chunk."""
-
-    def ids(tokenizer: Tokenizer, term: ALM) -> np.ndarray:
-        white_space = "".join(term.white_space).encode()
-        return boundary_mask(tokenizer.token_bytes(), tokenizer.special.all.values(), white_space=white_space)
-
-    return {name: Ends(ids(student, term), ids(teacher, term)) for name, term in terms.items() if isinstance(term, ALM)}
+    return {
+        name: Ends(*(following_ids(tokenizer, term.white_space) for tokenizer in (student, teacher)))
+        for name, term in terms.items()
+        if isinstance(term, ALM)
+    }
