@@ -76,15 +76,19 @@ def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return
-    name, *rest = arguments
-    if f"{name} {' '.join(rest[:1])}" in COMMANDS:
-        name, *rest = f"{name} {rest[0]}", *rest[1:]
+    name, rest = split_command(arguments)
     if name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}.")
     if name in RECIPES and rest and not rest[0].startswith("-"):
         RECIPES[name](rest[0], rest[1:])
         return
     tyro.cli(COMMANDS[name], args=rest, prog=f"jaxdistill {name}")
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command's name, which has one word or two, and what follows."""
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    return " ".join(arguments[:words]), list(arguments[words:])
 
 
 def _help() -> str:
