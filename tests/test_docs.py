@@ -93,10 +93,12 @@ def test_a_run_from_python_is_short():
     assert len(run.splitlines()) <= 25
 
 
-def test_a_run_from_python(places, tmp_path):
+@pytest.mark.parametrize(("program", "term"), [(0, "reverse_kl"), (3, "alm")])
+def test_a_run_from_python(program, term, places, tmp_path):
     """In an interpreter of its own, as a user's file is: train() sets up the process (compilation cache, signals)."""
     file = tmp_path / "mine.py"
-    file.write_text(made_small(programs()[0], places))
+    run = tmp_path / "run"
+    file.write_text(made_small(programs()[program], places | {"RUN": str(run)}))
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAXDISTILL_CACHE": str(tmp_path / "cache"),
@@ -107,9 +109,9 @@ def test_a_run_from_python(places, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     student = Path(done.stdout.splitlines()[-1])
-    assert student == Path(places["RUN"]) / "student"
+    assert student == run / "student"
     assert (student / "model.safetensors").is_file()
-    assert "reverse_kl" in (Path(places["RUN"]) / "metrics.jsonl").read_text()
+    assert f'"{term}"' in (run / "metrics.jsonl").read_text()
 
 
 def test_a_step_of_pure_functions(places):
