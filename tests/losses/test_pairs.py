@@ -412,7 +412,7 @@ class Sharpened(Term):
         (ULD(), True),
         (MinED(ids=np.zeros(8, np.int32)), True),
     ],
-    ids=lambda x: type(x).__name__,
+    ids=lambda x: str(x) if isinstance(x, bool) else type(x).__name__,
 )
 def test_whether_a_term_reads_the_teacher(term, reads):
     assert reads_teacher(term) == reads
