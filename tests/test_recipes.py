@@ -142,7 +142,7 @@ def shrink(
         layers = tuple(sorted({kept * TEACHER_LAYERS // depth for kept in layers}))
     student = dataclasses.replace(
         student,
-        path=small.student if "--student.path" in command else student.path,
+        path=small.student if config.aligned and "--student.path" in command else student.path,
         tokenizer=small.tokenizer if "--student.tokenizer" in command else student.tokenizer,
         prune=Target(layers=layers, mlp=mlp and TEACHER_MLP // 2),
         calibration_batches=2,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxdistill.models.schema import schema, stack
 from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
@@ -22,6 +25,15 @@ LAYOUTS = {
     ),
 }
 """Every way of placing a model that a result must not depend on."""
+
+
+def slow(*values) -> Any:
+    """A case of a parametrised test that `make test-slow` runs: one like it is in `make test`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+MESHES = [name if name in ("one device", "fsdp 4 x tensor 2") else slow(name) for name in LAYOUTS]
+"""Cases of tests on every layout: of the meshes, `make test` tries the one that splits most."""
 
 
 def llama(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_chunked import shapes_in
-from tiny import LAYOUTS, assert_gradients_close, paired_batch
+from tiny import LAYOUTS, MESHES, assert_gradients_close, paired_batch, slow
 
 from jaxdistill.losses.aligned import aligned_means
 from jaxdistill.losses.dual_space import DSKD
@@ -158,7 +158,7 @@ def test_only_the_students_states_learn_in_its_space():
     assert np.abs(given["kernel"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one device"])
+@pytest.mark.parametrize("layout", MESHES[1:])
 def test_every_mesh_gives_the_same_loss_and_gradients(layout):
     learned, teacher, batch = example()
     (loss, _), expected = reference(learned, teacher, batch)
@@ -167,7 +167,7 @@ def test_every_mesh_gives_the_same_loss_and_gradients(layout):
     assert_gradients_close(gradients, expected)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("poison", [slow(np.nan), np.inf])
 def test_poisoned_positions_that_take_no_part_reach_neither_value_nor_gradient(poison):
     """Padding, and what is not supervised, on either side."""
     learned, teacher, batch = example(2)

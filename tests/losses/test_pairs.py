@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_chunked import LearnedKL, shapes_in
-from tiny import LAYOUTS, assert_gradients_close, paired_batch
+from tiny import LAYOUTS, MESHES, assert_gradients_close, paired_batch, slow
 
 from jaxdistill.losses import aligned
 from jaxdistill.losses.aligned import aligned_means, reads_teacher
@@ -227,17 +227,17 @@ def assert_as_full_scores(*, layout: str, vocab: int, teacher_vocab: int):
     assert_gradients_close(given[1], expected[1])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MESHES)
 def test_every_mesh_gives_the_loss_and_gradients_of_full_scores(layout):
     assert_as_full_scores(layout=layout, vocab=64, teacher_vocab=40)
 
 
-@pytest.mark.parametrize(("vocab", "teacher_vocab"), [(64, 41), (63, 80)])
+@pytest.mark.parametrize(("vocab", "teacher_vocab"), [(64, 41), slow(63, 80)])
 def test_vocabularies_that_the_mesh_does_not_divide_are_left_whole(vocab, teacher_vocab):
     assert_as_full_scores(layout="fsdp 4 x tensor 2", vocab=vocab, teacher_vocab=teacher_vocab)
 
 
-@pytest.mark.parametrize("chunk", [1, 1000])
+@pytest.mark.parametrize("chunk", [slow(1), 1000])
 def test_the_chunk_of_the_head_changes_nothing(chunk):
     learned, teacher, batch = example(1)
     terms = terms_for(64, 40)

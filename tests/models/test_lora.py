@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from tiny import LAYOUTS, llama, mixture, packed_batch
+from tiny import LAYOUTS, llama, mixture, packed_batch, slow
 
 from jaxdistill import partition
 from jaxdistill.models.decoder import Execution, Rows, apply, apply_cached, init_cache
@@ -97,7 +97,7 @@ def stack_of(flat: dict[str, np.ndarray]):
     return partition.nest({name: np.asarray(x, np.float32) for name, x in flat.items()})
 
 
-@pytest.mark.parametrize("remat", ["dots", "block"])
+@pytest.mark.parametrize("remat", ["dots", slow("block")])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_follow_from_those_of_the_merged_kernels(name, remat):
     """d down = factor · dW · upᵀ and d up = factor · downᵀ · dW; all else has the gradient of the merged model."""
@@ -152,7 +152,9 @@ def test_a_cache_goes_through_adapters_too():
     np.testing.assert_allclose(cached, whole, rtol=1e-5, atol=1e-5)
 
 
-MESHES = [("all kernels of the layers", mesh) for mesh in LAYOUTS if mesh not in ("one device", "embed over tensor")]
+OTHER_MESHES = ("fsdp 8", "data 2 x fsdp 2 x tensor 2", "sequence 2 x fsdp 4")
+MESHES = [("all kernels of the layers", "fsdp 4 x tensor 2")]
+MESHES += [slow("all kernels of the layers", mesh) for mesh in OTHER_MESHES]
 EXPERT_MESH = {"expert 2 x fsdp 2 x tensor 2": lambda: Layout(make_mesh(MeshConfig(expert=2, fsdp=2, tensor=2)))}
 
 

@@ -91,6 +91,7 @@ def test_a_stopped_run_resumes_bit_for_bit(config, whole, tmp_path):
     assert held_out_of(tmp_path) == held_out_of(whole)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(config, whole, tmp_path):
     run(config(tmp_path, mesh=MeshConfig(fsdp=4, tensor=2), accumulate=2), devices=8, stop_after=3)
     for given, expected in zip(steps_of(tmp_path), steps_of(whole), strict=False):

@@ -107,6 +107,7 @@ def test_adapters_resume_bit_for_bit_and_alone_are_saved(files, whole_lora, tmp_
     assert [name for name in names if name.startswith("params/student/") and name.endswith("lora_up")]
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_adapters_as_one_device_does(files, whole_lora, tmp_path):
     config = files.config(tmp_path, **ADAPTING, mesh=MeshConfig(fsdp=4, tensor=2), accumulate=2)
     run(config, devices=8)
@@ -137,6 +138,7 @@ def test_the_exported_student_is_the_base_plus_what_was_learnt(files, whole_lora
     assert held_out_of(tmp_path)[0] == pytest.approx(held_out[STEPS], rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_pruned_student_with_adapters_learns(files, tmp_path):
     chosen = StudentConfig(prune=Target(layers=(0, 2)), lora=Lora(rank=4, targets=("*.ffn.*",)))
     rate = AdamW(learning_rate=WarmupCosine(peak=2e-3))
