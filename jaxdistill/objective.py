@@ -24,9 +24,10 @@ AnyTerm = Term | HiddenMatch | ALM | DSKD
 Weighting = Literal["fixed", "gradient_magnitude"]
 """How terms are added up. "fixed": each times its weight. "gradient_magnitude": each times its weight ÷ the norm of its
 gradient by what the student's layers return (the last hidden states, and those that a term reads), so that terms of
-very different sizes move the student equally; divided by the sum of these factors without the weights, which keeps the
-gradient's size. The norms are those of the whole batch at the same step. They cost one more pass through the head for
-each term; with micro-batches two more forward passes of both models.
+very different sizes move the student equally; divided by the sum of these factors without the weights. So the smallest
+gradient among the terms sets the size of the whole; one that rounding alone makes is left out. The norms are those of
+the whole batch at the same step. They cost a pass through the head for the values and one for each term; with
+micro-batches two more forward passes of both models.
 
 After the authors' code of Approximate Likelihood Matching (2503.20083), which takes norms by the parameters of the last
 layer: those are no sums over positions, so they would depend on how a batch is cut."""
@@ -67,6 +68,14 @@ class Objective:
         theirs = batch.teacher if isinstance(batch, PairedBatch) else batch
         coefficients = term_coefficients(self.terms, batch.loss_mask.sum(), step)
         return Known(coefficients | term_coefficients(self.corrected, theirs.loss_mask.sum(), step), step)
+
+    def __post_init__(self):
+        missing = sorted(n for n, t in self.terms.items() if isinstance(t, ALM) and t.needs_ends and n not in self.ends)
+        if missing:
+            raise ValueError(
+                f"the terms {missing} read where a word may end; give `ends` for them: the ids of both tokenizers "
+                "that can follow the end of a word (losses.aligned.Ends, data.aligned.following_ids)."
+            )
 
     def averaged(self, batch: Batch) -> dict[str, AnyTerm]:
         """The terms that `means` leaves out of the loss: `factors` tell what their totals are multiplied by."""
@@ -182,7 +191,9 @@ class Objective:
         """The factors by which every term's gradient has the size that its weight says."""
         weights = {name: jnp.float32(at_step(self.terms[name].weight, known.step)) for name in factors}
         # A term without weight is reported, and a term without gradient has none to be made larger.
-        counts = {name: (weights[name] != 0) & (squares[name] > 0) for name in factors}
+        # A term that is least but for rounding has no direction either.
+        least = ROUNDING**2 * jnp.stack([squares[name] for name in factors]).max()
+        counts = {name: (weights[name] != 0) & (squares[name] > least) for name in factors}
         inverse = {n: jnp.where(counts[n], jax.lax.rsqrt(jnp.where(counts[n], squares[n], 1.0)), 0.0) for n in factors}
         total = sum(inverse.values())
         return {

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.align.edit_distance import minimum_edit_map
 from jaxdistill.sharding import Layout, names_of
 from jaxdistill.specs import ModelConfig
 from jaxdistill.tokenizers.base import TURN_ENDS, SpecialTokens, Tokenizer
@@ -64,6 +65,22 @@ def map_vocabulary(old: Tokenizer, new: Tokenizer) -> VocabularyMap:
     return VocabularyMap(sources, kinds)
 
 
+def carried_ids(student: Tokenizer, teacher: Tokenizer) -> np.ndarray:
+    """For each of the student's ids the teacher's whose probability it takes, int32; -1 for none.
+
+    Special tokens by what they do, as in `map_vocabulary`; ordinary ones by the smallest edit distance of their bytes
+    to ordinary ones (`align.edit_distance`).
+    """
+    special = {*teacher.special.all.values()}
+    vocabulary = teacher.token_bytes()
+    ordinary = np.array([token for token in range(len(vocabulary)) if token not in special])
+    found = ordinary[minimum_edit_map(student.token_bytes(), [vocabulary[token] for token in ordinary])]
+    for text, token in student.special.all.items():
+        source = _special_source(token, text, teacher.special, student.special)
+        found[token] = -1 if source is None else source[0]
+    return found.astype(np.int32)
+
+
 def _special_source(token: int, text: str, old: SpecialTokens, new: SpecialTokens) -> tuple[int, Kind] | None:
     """The old token that does what a special one does, or has its string. Beginning and end of a text are what they
     are whatever they are called; of the other roles the string says more."""
@@ -72,13 +89,15 @@ def _special_source(token: int, text: str, old: SpecialTokens, new: SpecialToken
         ids = (getattr(old, role) for role in roles if getattr(new, role) == token)
         return next(((id, "role") for id in ids if id is not None), None)
 
-    if (source := same_role("bos", "eos")) is not None:
+    if (source := same_role("eos", "bos")) is not None:
         return source
     if text in old.all:
         return old.all[text], "exact"
     if text in TURN_ENDS:
         end = min((id for name, id in old.all.items() if name in TURN_ENDS), default=old.eos)
         return None if end is None else (end, "role")
+    if token in new.stop and old.eos is not None:
+        return old.eos, "role"
     return same_role("unk", "pad")
 
 

@@ -112,6 +112,9 @@ def make_train_step(
 
     Metrics: "loss"; "terms", a `Mean` per term; "gradient_norm" before clipping; "skipped" (1 or 0).
     """
+    needs = sorted(name for name, term in terms.items() if isinstance(term, (HiddenMatch, *ACROSS_TOKENIZERS)))
+    if needs and teacher is None:
+        raise ValueError(f"the terms {needs} compare the student with a teacher, and there is none.")
     objective = Objective(
         terms=terms,
         corrected={f"teacher/{name}": term for name, term in (correction or {}).items()},
@@ -121,9 +124,6 @@ def make_train_step(
         ends=ends or {},
         weighting=weighting,
     )
-    needs = sorted(name for name, term in terms.items() if isinstance(term, (HiddenMatch, *ACROSS_TOKENIZERS)))
-    if needs and teacher is None:
-        raise ValueError(f"the terms {needs} compare the student with a teacher, and there is none.")
 
     def train_step(state, frozen, teacher_params, batch):
         known = objective.known(batch, state.step)
@@ -163,7 +163,8 @@ def make_train_step(
                 scaled = objective.factors(means, rows, known)
                 if weighting != "fixed":
                     scaled = objective.emphasised(scaled, squares(params, rows, models, scaled), known)
-            return loss + sum((scaled[name] * means[name].total).sum() for name in averaged), means
+            trained = (name for name, term in averaged.items() if callable(term.weight) or term.weight != 0)
+            return loss + sum((scaled[name] * means[name].total).sum() for name in trained), means
 
         def gradients(rows: Batch):
             (loss, means), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rows)

@@ -14,7 +14,7 @@ from tiny import params as tiny_params
 
 from jaxdistill import retokenize
 from jaxdistill.models.schema import param_shardings
-from jaxdistill.retokenize import decompose, map_vocabulary, retokenize_model
+from jaxdistill.retokenize import carried_ids, decompose, map_vocabulary, retokenize_model
 from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
 from jaxdistill.tokenizers.base import Encoding, SpecialTokens, special_tokens
 from jaxdistill.tokenizers.vocabulary import ordinary_ids
@@ -142,6 +142,21 @@ def test_special_tokens_by_role_then_by_string():
     padded = toy([], ["<|endoftext|>"], pad="<|endoftext|>")
     assert map_vocabulary(old, padded).sources == ((0,),)
     assert map_vocabulary(toy([b"a"], ["</s>"], eos="</s>"), toy([], ["<|im_end|>"])).sources == ((0,),)
+
+
+def test_what_ends_a_text_under_another_name_is_the_end():
+    old = toy([b"a"], ["<unk>", "<s>", "</s>"], unk="<unk>", bos="<s>", eos="</s>")
+    new = toy([], ["<|im_end|>", "<|endoftext|>"], eos="<|im_end|>", unk="<|endoftext|>")
+    assert map_vocabulary(old, new).sources == ((2,), (2,))
+    one = toy([], ["<|endoftext|>"], bos="<|endoftext|>", eos="<|endoftext|>")
+    assert map_vocabulary(old, one).sources == ((2,),)
+
+
+def test_special_tokens_are_carried_over_by_what_they_do():
+    """The teacher's end is the student's end, however they are spelled, and no ordinary token is either."""
+    teacher = toy([b"</s", b"im_end", b"hey"], ["</s>", "<unk>"], eos="</s>", unk="<unk>")
+    student = toy([b"</s>", b"he"], ["<|im_end|>", "<new>"], eos="<|im_end|>")
+    assert carried_ids(student, teacher).tolist() == [0, -1, 2, 4]
 
 
 NEW = toy(

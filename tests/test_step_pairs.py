@@ -18,7 +18,7 @@ from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.dual_space import DSKD
 from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.pairs import ULD, MinED
-from jaxdistill.losses.terms import CrossEntropy, ForwardKL
+from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import apply
 from jaxdistill.models.schema import param_shardings
 from jaxdistill.optimizer import Optax, side_by_side
@@ -241,6 +241,29 @@ def test_counts_of_micro_batches_cost_no_model(terms, again):
     assert again or len(two) == len(one)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Endless(Term):
+    """Infinite everywhere."""
+
+    def __call__(self, student, teacher, at, parameters):
+        return jnp.inf * jnp.exp(student.log_normalizer())
+
+
+def test_a_term_of_weight_zero_is_only_reported():
+    losses, change, metrics = run(
+        "one device", steps=1, terms={"cross_entropy": CrossEntropy(), "endless": Endless(weight=0.0)}
+    )
+    assert np.isfinite(losses).all()
+    assert int(metrics["skipped"]) == 0
+    assert np.isinf(metrics["terms"]["endless"].value)
+    assert np.abs(change["student"]["embedding"]["kernel"]).max() > 0
+
+
+def test_ends_that_are_missing_are_named():
+    with pytest.raises(ValueError, match=r"the terms \['alm'\] read where a word may end; give `ends`"):
+        make_eval_step(functools.partial(apply, STUDENT), functools.partial(apply, TEACHER), {"alm": ALM()}, chunk=8)
+
+
 def test_terms_that_need_a_teacher_are_refused_without_one():
     with pytest.raises(ValueError, match=r"\['alm', 'hidden', 'states'\] compare the student with a teacher"):
         make_train_step(functools.partial(apply, STUDENT), None, TERMS, Optax(optax.sgd(1.0)).build(1), chunk=8)
@@ -253,6 +276,7 @@ def test_terms_across_tokenizers_are_refused_where_there_is_one(term):
         functools.partial(apply, STUDENT, taps=hidden_taps({"mine": term}, "teacher")),
         {"mine": term},
         chunk=16,
+        ends={"mine": ENDS["alm"]},
     )
     with pytest.raises(ValueError, match=r"\['mine'\] compare two tokenizations of a text, and the batch has one"):
         step(tiny_params(STUDENT, 0), tiny_params(STUDENT, 1), packed_batch())
@@ -262,7 +286,7 @@ def test_terms_on_equal_ids_are_refused_where_there_are_two():
     step = make_eval_step(
         functools.partial(apply, STUDENT), functools.partial(apply, TEACHER), {"kl": ForwardKL()}, chunk=16
     )
-    with pytest.raises(ValueError, match="the teacher has another tokenizer"):
+    with pytest.raises(ValueError, match="on two tokenizations of a text there are none"):
         step(tiny_params(STUDENT, 0), tiny_params(TEACHER, 1), paired_batch(0, teacher_vocab=40))
 
 

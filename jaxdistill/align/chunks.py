@@ -69,14 +69,15 @@ def align(student: Placed, teacher: Placed, *, chunks: Chunks = "minimal") -> Al
 
 
 def boundary_mask(
-    token_bytes: Sequence[bytes], special_ids: Iterable[int], *, white_space: bytes = b" \t\n"
+    token_bytes: Sequence[bytes], special_ids: Iterable[int], *, white_space: Iterable[bytes] = (b" ", b"\t", b"\n")
 ) -> np.ndarray:
     """Ids with which something new begins, bool [vocab]: those that begin with white space, and special tokens.
 
     The probability of these ids after a chunk is the probability that its last word ends there. token_bytes: what each
     id contributes to text (`Tokenizer.token_bytes`); a dummy prefix counts as the space that it looks like.
     """
-    mask = np.fromiter((piece[:1] != b"" and piece[:1] in white_space for piece in token_bytes), bool, len(token_bytes))
+    begins = tuple(white_space)
+    mask = np.fromiter((piece.startswith(begins) for piece in token_bytes), bool, len(token_bytes))
     mask[list(special_ids)] = True
     return mask
 

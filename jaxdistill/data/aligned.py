@@ -25,7 +25,7 @@ from jaxdistill.tokenizers.base import Tokenizer
 def following_ids(tokenizer: Tokenizer, white_space: Iterable[str]) -> np.ndarray:
     """The ids that can follow the end of a word, bool [vocab]: such as begin with `white_space`, and special tokens."""
     return boundary_mask(
-        tokenizer.token_bytes(), tokenizer.special.all.values(), white_space="".join(white_space).encode()
+        tokenizer.token_bytes(), tokenizer.special.all.values(), white_space=[each.encode() for each in white_space]
     )
 
 

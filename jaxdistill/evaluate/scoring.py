@@ -124,9 +124,10 @@ def score(
     for done, packed in enumerate(batches, 1):
         batch = Batch(**put_global_batch(scoring.layout, packed.fields))
         supervised = packed.fields["loss_mask"] != 0
-        said = None if teacher is None else _outputs(teacher, batch, scoring)
+        seen: dict[int, Outputs] = {}
+        said = None if teacher is None else _outputs(teacher, batch, scoring, seen)
         for name, model in models.items():
-            outputs = said if model is teacher and said is not None else _outputs(model, batch, scoring)
+            outputs = _outputs(model, batch, scoring, seen)
             beside = None if model is teacher else said
             wanted = tuple(_terms_of(model, terms, teacher, compared or {}).items())
             values = _values(wanted, _chunk(model, scoring), scoring.layout, outputs, beside, batch)
@@ -151,7 +152,7 @@ def position_values(
     [packed] = pack([dataclasses.replace(piece, origin=(0,))], rows=rows, length=length)
     used = (packed.fields["segment_ids"] > 0).astype(np.float32)
     batch = Batch(**put_global_batch(scoring.layout, packed.fields | {"loss_mask": used}))
-    outputs = _outputs(model, batch, scoring)
+    outputs = _outputs(model, batch, scoring, {})
     values = _values(tuple(terms.items()), _chunk(model, scoring), scoring.layout, outputs, None, batch)
     return {term: np.asarray(value, np.float64)[0, : len(piece)] for term, value in values.items()}
 
@@ -181,12 +182,18 @@ def _chunk(model: Model, scoring: Scoring) -> int:
     return scoring.chunk or default_chunk(model.config.vocab // scoring.layout.split("vocab"))
 
 
-def _outputs(model: Model, batch: Batch, scoring: Scoring) -> Outputs:
+def _outputs(model: Model, batch: Batch, scoring: Scoring, seen: dict[int, Outputs]) -> Outputs:
+    """What a model returns for a batch. seen: by model, what was computed for this batch before."""
+    if id(model) in seen:
+        return seen[id(model)]
     if isinstance(model, Ensemble):
-        states = [_outputs(member, batch, scoring).hidden for member in model.members]
-        return Outputs(hidden=jnp.concatenate(states, axis=-1), head=model.head)
-    hidden = _hidden(model.config, scoring.layout, scoring.execution, model.params, batch)
-    return Outputs(hidden=hidden, head=head_of(model.config, model.params))
+        states = [_outputs(member, batch, scoring, seen).hidden for member in model.members]
+        found = Outputs(hidden=jnp.concatenate(states, axis=-1), head=model.head)
+    else:
+        hidden = _hidden(model.config, scoring.layout, scoring.execution, model.params, batch)
+        found = Outputs(hidden=hidden, head=head_of(model.config, model.params))
+    seen[id(model)] = found
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -37,6 +37,10 @@ class Ends:
     student: np.ndarray
     teacher: np.ndarray
 
+    def __post_init__(self):
+        if not (self.student.any() and self.teacher.any()):
+            raise ValueError("no id can follow the end of a chunk; give white space that tokens begin with.")
+
 
 def aligned_means(
     terms: Mapping[str, Term | ALM | DSKD],
@@ -65,17 +69,18 @@ def aligned_means(
     asked = {name: {} for name in ("student", "teacher")}
     for name, term in matching.items():
         if term.needs_ends:
-            asked["student"][f"{name}.ends"] = EndsChunk(ids=ends[name].student)
-            asked["teacher"][f"{name}.ends"] = EndsChunk(ids=ends[name].teacher)
-    alone = {**own, _LIKELIHOOD: CrossEntropy(), **asked["student"]}
+            asked["student"][_ENDS + name] = EndsChunk(ids=ends[name].student)
+            asked["teacher"][_ENDS + name] = EndsChunk(ids=ends[name].teacher)
+    likelihood = {_LIKELIHOOD: CrossEntropy()} if matching else {}
+    alone = {**own, **likelihood, **asked["student"]}
     options = {"step": step, "chunk": chunk, "layout": layout, "teacher_layout": teacher_layout}
-    values, masks = _at_positions(alone, pairing, student, teacher, batch, parameters=parameters, **options)
-    masks |= dict.fromkeys(own, batch.loss_mask)
-    found = {name: Mean((values[name] * mask).sum(), mask.sum()) for name, mask in masks.items()}
+    masks = dict.fromkeys(own, batch.loss_mask)
+    values, masks = _at_positions(alone, pairing, masks, student, teacher, batch, parameters=parameters, **options)
+    found = {name: Mean(values[name].sum(), mask.sum()) for name, mask in masks.items()}
     if matching:
         assert teacher is not None, "chunks are compared with a teacher's"
         theirs = term_values(
-            {_LIKELIHOOD: CrossEntropy(), **asked["teacher"]},
+            {**likelihood, **asked["teacher"]},
             jax.lax.stop_gradient(teacher),
             None,
             targets=batch.teacher.targets,
@@ -99,6 +104,7 @@ def aligned_means(
 def _at_positions(
     alone: Mapping[str, Term],
     pairing: Mapping[str, PairTerm],
+    masks: Mapping[str, Array],
     student: Outputs,
     teacher: Outputs | None,
     batch: PairedBatch,
@@ -106,14 +112,17 @@ def _at_positions(
     parameters: Mapping[str, Mapping[str, Any]],
     **options: Any,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The values of terms at the student's positions, and what each position counts for those on pairs."""
+    """The values of terms at the student's positions, and what each position counts for those that have a mean. masks:
+    of those on the student alone."""
     passes: dict[Pairing | None, dict[str, Term]] = {term.pairs: {} for term in pairing.values()} or {None: {}}
     # What is asked of the student alone goes along with the first pairs; other pairs need a pass of their own.
     next(iter(passes.values())).update(alone)
     for name, term in pairing.items():
         passes[term.pairs][name] = term
-    values, masks = {}, {}
+    values, masks = {}, dict(masks)
     for kind, some in passes.items():
+        if not some:
+            continue
         brought, given = None, {}
         if kind is not None:
             assert teacher is not None, "positions are paired with a teacher's"
@@ -126,6 +135,7 @@ def _at_positions(
             brought,
             targets=batch.targets,
             loss_mask=_used(batch.segment_ids),
+            masks={name: mask for name, mask in masks.items() if name in some},
             parameters={name: own for name, own in parameters.items() if name in some},
             **given,
             **options,
@@ -133,7 +143,8 @@ def _at_positions(
     return values, masks
 
 
-_LIKELIHOOD = "likelihood"
+# Beside the terms' names, which hold no such character.
+_LIKELIHOOD, _ENDS = "\0likelihood", "\0ends of "
 
 
 class _TeacherRead(Exception):
@@ -174,15 +185,15 @@ def check_terms_on_pairs(terms: Mapping[str, Any], *, vocab: int = 8) -> None:
     wrong = {name: type(term).__name__ for name, term in on_scores.items() if reads_teacher(term, vocab=vocab)}
     if wrong:
         raise ValueError(
-            f"the terms {wrong} read the teacher's scores of the student's ids, and the teacher has another tokenizer. "
-            "Allowed are terms on the student's scores alone, such as CrossEntropy, and ALM, HiddenMatch, ULD, MinED "
-            "and DSKD; or give the student the teacher's tokenizer."
+            f"the terms {wrong} read the teacher's scores of the student's ids; on two tokenizations of a text there "
+            "are none. Allowed are terms on the student's scores alone, such as CrossEntropy, and ALM, HiddenMatch, "
+            "ULD, MinED and DSKD; or give the student the teacher's tokenizer."
         )
 
 
 def _path(values: Mapping[str, Array], name: str, chunks: Array, segment_ids: Array) -> Path:
     likelihood = -values[_LIKELIHOOD]
-    ends = values.get(f"{name}.ends", jnp.zeros_like(likelihood))
+    ends = values.get(_ENDS + name, jnp.zeros_like(likelihood))
     return Path(log_probs=likelihood, ends=ends, chunks=chunks, segment_ids=segment_ids)
 
 

@@ -57,7 +57,7 @@ class Path:
 class EndsChunk(Term):
     """log Σ p_S over the ids that can follow the end of a chunk: such as begin with white space, and special ones.
 
-    ids: bool [vocab] (`align.boundary.boundary_mask`); ids that the model has beyond it are none of them.
+    ids: bool [vocab] (`align.boundary_mask`); ids that the model has beyond it are none of them.
     """
 
     ids: np.ndarray

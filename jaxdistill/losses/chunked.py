@@ -3,7 +3,8 @@
 One scan walks the positions. For each chunk it forms the scores of student and teacher from hidden states and heads,
 evaluates all terms, and pulls the gradient of Σ coefficientᵢ · totalᵢ back to the hidden states, the head and the
 terms' own parameters at once. So the backward pass has nothing left to do but scale what the forward pass found:
-nothing is recomputed, and memory grows with chunk x vocabulary.
+nothing is recomputed, and memory grows with chunk x vocabulary. Where an objective is no sum over positions
+(`term_values`), the backward pass forms the scores of each chunk once more.
 
 Coefficients (weight ÷ count of supervised positions over the whole global step) are known before the scan, because
 they depend on data only. On a mesh the scan runs under `shard_map`: heads are gathered once, before it, along the
@@ -41,7 +42,7 @@ class Weighted(Protocol):
 
 
 HEAD_AXES: Axes = ("vocab", "embed")
-_OPTIONAL = ("slopes", "one_to_one")
+_OPTIONAL = ("slopes", "masks", "one_to_one")
 """What may be given of each position besides hidden states, targets and mask."""
 BLOCK = 1024
 """Rows of the head whose gradient is added at once are a multiple of this: fewer make products too small to be fast."""
@@ -103,15 +104,18 @@ def term_values(
     chunk: int,
     layout: Layout = Layout(),
     teacher_layout: Layout | None = None,
+    masks: Mapping[str, Float[Array, "batch length"]] | None = None,
     one_to_one: Bool[Array, "batch length"] | None = None,
 ) -> dict[str, Float[Array, "batch length"]]:
     """Each term's value at each position times its mask: what is made of them is the caller's.
 
     Arguments as in `evaluate_terms`. Differentiable like it, for objectives that are no sum over positions: what each
-    value counts for is known only when all are, so the backward pass walks the positions again.
+    value counts for is known only when all are, so the backward pass walks the positions again. A term of weight 0 has
+    no gradient.
 
-    one_to_one: given where the teacher's hidden states are those of paired positions of another tokenization; see
-    `Positions.one_to_one`. Then the teacher may have a vocabulary of its own.
+    masks: of terms that have one of their own, 0 wherever `loss_mask` is. one_to_one: given where the teacher's hidden
+    states are those of paired positions of another tokenization; see `Positions.one_to_one`. Then the teacher may have
+    a vocabulary of its own.
     """
     plan = _plan(terms, student, teacher, chunk, layout, teacher_layout or layout, paired=one_to_one is not None)
     learned = {
@@ -126,6 +130,7 @@ def term_values(
         "coefficients": {},
         "step": jnp.asarray(step),
     }
+    given |= {"masks": dict(masks)} if masks else {}
     given |= {} if one_to_one is None else {"one_to_one": one_to_one}
     return _values(plan, learned, jax.lax.stop_gradient(given))
 
@@ -320,7 +325,7 @@ def _scan_positions(plan: _Plan, learned: Any, given: Any) -> Totals:
 
     def body(_, chunk):
         scores = _scores(head, chunk["hidden"], chunk["mask"], plan.places.vocab_axes)
-        return None, _chunk_values(plan, scores, {}, chunk, fixed)
+        return None, _chunk_values(plan, scores, learned["parameters"], chunk, fixed)
 
     _, values = jax.lax.scan(body, None, _chunks(plan, hidden, given))
     rows, length = hidden.shape[:2]
@@ -381,9 +386,11 @@ def _chunk_value(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed:
     values = _chunk_values(plan, scores, parameters, chunk, fixed)
     totals = {name: found.sum() for name, found in values.items()}
     for name, term in plan.terms.items():
+        if not callable(term.weight) and term.weight == 0:
+            continue
         if "slopes" in chunk:
             loss = loss + (chunk["slopes"][name] * values[name]).sum()
-        elif callable(term.weight) or term.weight != 0:
+        else:
             loss = loss + fixed["coefficients"][name] * totals[name]
     return loss, totals
 
@@ -392,18 +399,21 @@ def _chunk_values(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed
     """Each term's value at each position of the chunk, 0 where it is not supervised. scores: the student's."""
     axes, their_axes = plan.places.vocab_axes, plan.places.teacher_vocab_axes
     mask = chunk["mask"]
-    student = Scores(_supervised_gradient(scores, mask), axes)
+    masks, by_mask = chunk.get("masks", {}), {}
     if fixed["teacher_head"] is None:
-        teacher = Scores(jax.lax.stop_gradient(student.local), axes)
+        teacher = Scores(jax.lax.stop_gradient(scores), axes)
     else:
         theirs = _scores(fixed["teacher_head"], chunk["teacher_hidden"], mask, their_axes)
         teacher = Scores(theirs, their_axes)
     at = Positions(targets=chunk["targets"], step=fixed["step"], one_to_one=chunk.get("one_to_one"))
     found = {}
     for name, term in plan.terms.items():
-        values = term(student, teacher, at, parameters.get(name, {}))
-        _check_values(name, values, mask, (*axes, *their_axes))
-        found[name] = jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0)
+        own = masks.get(name, mask)
+        if id(own) not in by_mask:
+            by_mask[id(own)] = Scores(_supervised_gradient(scores, own), axes)
+        values = term(by_mask[id(own)], teacher, at, parameters.get(name, {}))
+        _check_values(name, values, own, (*axes, *their_axes))
+        found[name] = jnp.where(own != 0, values.astype(jnp.float32) * own, 0.0)
     return found
 
 

@@ -25,7 +25,8 @@ class DSKD:
     hidden states stand for one of the student's. Projected into the student's space and scored by its head they learn
     the text (cross-entropy; the projections alone learn), and teach the student (`student_space`). The same scores of
     attention, read the other way, bring the student's states to the teacher's positions; projected and scored by the
-    teacher's head they learn from the teacher (`teacher_space`). Heads and embeddings learn nothing from this.
+    teacher's head they learn from the teacher (`teacher_space`). The head that scores projected states, and embeddings,
+    learn nothing from this; the student's learns from `student_space` as from any term on its scores.
 
     only_right: `student_space` counts only where the projected teacher ranks the text's token first.
 
@@ -80,7 +81,7 @@ class DSKD:
     ) -> Mean:
         """The sum of the three losses over the batch, and the number of the student's positions in it.
 
-        embeddings: as tapped. The teacher, and what the losses take from heads and embeddings, is not differentiated.
+        embeddings: as tapped. The teacher, embeddings, and the heads of projected states are not differentiated.
         """
         own = _side(student, embeddings[0], batch)
         theirs = jax.lax.stop_gradient(_side(teacher, teacher_embeddings[0], batch.teacher))

@@ -104,7 +104,7 @@ class ULD(PairTerm):
         return jnp.abs(gaps).sum(-1) + jnp.abs(gaps.sum(-1))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class MinED(PairTerm):
     """KL(teacher ‖ student), the teacher's distribution carried over to the student's ids, each of which takes the
     probability of the teacher's id that is spelled most like it. In nats.
@@ -123,7 +123,7 @@ class MinED(PairTerm):
     Likelihood Matching (2503.20083); it pairs tokens by chunks, as here, and so aligned positions alone count there.
     """
 
-    ids: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    ids: np.ndarray | None = dataclasses.field(default=None, repr=False)
     text_weight: float = 1.0
     temperature: Scalar = 1.0
     scale_by_square: bool = True

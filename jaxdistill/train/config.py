@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+from jaxdistill import partition
 from jaxdistill.checkpoint.retention import Retention
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.aligned import ACROSS_TOKENIZERS
+from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import Execution
@@ -164,6 +166,9 @@ class LogConfig:
             raise ValueError(f"LogConfig.every is {self.every}; it must be at least 1 step.")
 
 
+HELD_OUT_NAMES = ("cross_entropy", "kl", "agreement", "bits_per_byte")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A distillation run."""
@@ -212,6 +217,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.weighting is {self.weighting!r}; allowed are {', '.join(get_args(Weighting))}."
             )
+        taken = sorted(n for n, term in self.losses.items() if n in HELD_OUT_NAMES and isinstance(term, ALM))
+        if taken:
+            raise ValueError(
+                f"losses {taken} are ALM terms under names of what held-out text is measured by; rename them."
+            )
         on_states = {name: term for name, term in self.losses.items() if isinstance(term, HiddenMatch)}
         for name, term in on_states.items():
             others = sorted(self.losses.keys() - on_states.keys())
@@ -239,6 +249,12 @@ class TrainConfig:
         if self.teacher.path is None and self.student.path is None and self.student.model is None:
             raise ValueError("no model; give --teacher.path DIR (and --student.path DIR for a student of its own).")
         self._check_teacher()
+        tables = partition.matches((*self.student.trained, *(self.student.lora.targets if self.student.lora else ())))
+        if self.student.moved and not tables("embedding.kernel"):
+            raise ValueError(
+                f"student.tokenizer makes a new embedding, and neither student.trainable {self.student.trained} nor "
+                'student.lora reaches it: it would never learn. Add "embedding.*" (and "head.*") to student.trainable.'
+            )
         if self.data.teacher_length is not None and not self.aligned:
             raise ValueError(
                 "data.teacher_length is set and no loss compares two tokenizations; leave it out, or add one (ALM)."
@@ -277,7 +293,7 @@ MAY_CHANGE = frozenset(
 )
 """What a resume may give differently: nothing here changes what is computed, beyond rounding."""
 
-ADDED = {"data.chunks": "minimal"}
+ADDED = {"data.chunks": "minimal", "weighting": "fixed"}
 """Fields that older runs lack, and the value at which they change nothing."""
 
 

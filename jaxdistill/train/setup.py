@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import partition
-from jaxdistill.align.edit_distance import minimum_edit_map
 from jaxdistill.assets import cache_directory
 from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.data.aligned import following_ids
@@ -35,7 +34,7 @@ from jaxdistill.prune.importance import Importance
 from jaxdistill.prune.measure import Progress, calibrate
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.prune.slice import prune_model
-from jaxdistill.retokenize import retokenize_model
+from jaxdistill.retokenize import carried_ids, retokenize_model
 from jaxdistill.sharding import Layout, make_mesh, put_batch, put_global_batch
 from jaxdistill.specs import ModelConfig
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
@@ -344,7 +343,7 @@ def _mapped_terms(terms: Mapping[str, AnyTerm], student: Tokenizer, teacher: Tok
     """Terms that carry one vocabulary over to the other, with their map."""
     if not any(isinstance(term, MinED) for term in terms.values()):
         return dict(terms)
-    ids = minimum_edit_map(student.token_bytes(), teacher.token_bytes())
+    ids = carried_ids(student, teacher)
     return {name: term.resolved(ids) if isinstance(term, MinED) else term for name, term in terms.items()}
 
 

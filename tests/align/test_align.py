@@ -172,7 +172,7 @@ def test_memory_grows_with_the_tokens_alone():
 def test_boundaries_are_white_space_and_special_tokens():
     vocabulary = [b" the", b"the", b" ", b"\n\n", b"\tx", b"", "\u00a0x".encode(), b"\rx", b"<eos>"]
     assert np.flatnonzero(boundary_mask(vocabulary, [8])).tolist() == [0, 2, 3, 4, 8]
-    assert np.flatnonzero(boundary_mask(vocabulary, [], white_space=b"\r ")).tolist() == [0, 2, 7]
+    assert np.flatnonzero(boundary_mask(vocabulary, [], white_space=(b"\r", b" "))).tolist() == [0, 2, 7]
 
 
 def test_boundaries_of_a_dummy_prefix(loaded):

@@ -15,7 +15,7 @@ from jaxdistill.losses.aligned import Ends, aligned_means, at_chunk_ends
 from jaxdistill.losses.alm import ALM, EndsChunk, Path
 from jaxdistill.losses.chunked import term_values
 from jaxdistill.losses.scores import Scores
-from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Positions
+from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Positions, Term
 from jaxdistill.types import Head, Outputs
 
 EMBED, TEACHER_EMBED, VOCAB, TEACHER_VOCAB = 16, 8, 64, 40
@@ -193,6 +193,49 @@ def test_values_are_differentiable_one_by_one():
         return ((jnp.exp(log_p) * (log_p - log_q)).sum(-1) * mask * slopes).sum()
 
     assert_gradients_close(jax.grad(given)(learned), jax.grad(expected)(learned))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Warm(Term):
+    """The root of the first score's probability, at a temperature that is learned: its slope at 0 is infinite."""
+
+    def parameters(self, key, *, student_embed, teacher_embed):
+        return {"log_temperature": jnp.float32(0.0)}
+
+    def __call__(self, student, teacher, at, parameters):
+        warm = student.at_temperature(jnp.exp(parameters["log_temperature"]))
+        return jnp.sqrt(jnp.where(at.targets % 8 == 7, 0.0, 1.0) * warm.probs()[:, 0])
+
+
+def test_terms_on_the_student_alone():
+    """With parameters of their own, and blind to positions that are not supervised."""
+    learned, teacher, batch = example(5)
+    batch = dataclasses.replace(batch, loss_mask=jnp.where(batch.targets % 8 == 7, 0.0, batch.loss_mask))
+    assert ((batch.targets % 8 == 7) & (batch.segment_ids > 0)).any()
+
+    def loss(x, log_temperature):
+        student = Outputs(x["hidden"], Head(x["kernel"]))
+        parameters = {"warm": {"log_temperature": log_temperature}}
+        terms = {"warm": Warm(), "alm": TERMS["alm"]}
+        means = aligned_means(terms, student, teacher, batch, ends=ENDS, parameters=parameters, step=0, chunk=9)
+        return means["warm"].value
+
+    def expected(x, log_temperature):
+        probability = jax.nn.softmax(x["hidden"] @ x["kernel"].T / jnp.exp(log_temperature))[..., 0]
+        return (jnp.sqrt(probability) * batch.loss_mask).sum() / batch.loss_mask.sum()
+
+    for log_temperature in (0.0, 0.7):
+        # What is infinite at a position reaches the term's own parameters whatever its mask is: the scores alone are
+        # guarded.
+        found, gradient = jax.value_and_grad(loss)(learned, jnp.float32(log_temperature))
+        value, slope = jax.value_and_grad(expected)(learned, log_temperature)
+        np.testing.assert_allclose(found, value, rtol=1e-5)
+        assert_gradients_close(gradient, slope)
+
+
+def test_ends_without_ids_are_refused():
+    with pytest.raises(ValueError, match="no id can follow the end of a chunk"):
+        Ends(np.zeros(4, bool), np.ones(4, bool))
 
 
 def test_the_end_of_a_chunk_is_the_log_of_a_sum():

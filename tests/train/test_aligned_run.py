@@ -186,6 +186,11 @@ def test_what_is_refused(files, config, tmp_path):
         tokenizers_of(config(tmp_path, data=DataConfig(path="x", length=8, teacher_length=9999)))
     with pytest.raises(ValueError, match="weighting is 'norms'; allowed are fixed, gradient_magnitude"):
         config(tmp_path, weighting="norms")
+    frozen = StudentConfig(tokenizer="bytes", lora=Lora(rank=2))
+    with pytest.raises(ValueError, match=r"makes a new embedding.* it would never learn"):
+        config(tmp_path, student=frozen).check()
+    with pytest.raises(ValueError, match=r"\['kl'\] are ALM terms under names"):
+        config(tmp_path, losses={"kl": ALM()})
     balanced = LOSSES | {"hidden": HiddenMatch(layers=((-1, -1),), balance="alm")}
     with pytest.raises(ValueError, match="both set its size"):
         config(tmp_path, losses=balanced, weighting="gradient_magnitude")
