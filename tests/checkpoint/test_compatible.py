@@ -1,6 +1,10 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from jaxdistill.checkpoint.compatible import check_compatible
+from jaxdistill.train.config import ADDED, MAY_CHANGE, TrainConfig, as_document
 
 SAVED = {
     "train": {"steps": 100, "learning_rate": 0.1, "tags": ["a", "b"]},
@@ -54,3 +58,13 @@ def test_every_differing_field_is_listed_with_both_values():
         "  model.layers.1.mlp: 8 / 9",
         "  losses.ce: absent / {}",
     ]
+
+
+def test_a_run_that_was_begun_before_some_fields_existed_goes_on():
+    """tests/golden/train_config.json is an older version's record of the default configuration."""
+    older = json.loads((Path(__file__).parent.parent / "golden" / "train_config.json").read_text())
+    now = as_document(TrainConfig(out="RUN"))
+    assert older.keys() < now.keys(), "there are fields that it lacks"
+    check_compatible(older, now, may_change=MAY_CHANGE, added=ADDED)
+    with pytest.raises(ValueError, match="weighting: absent / 'gradient_magnitude'"):
+        check_compatible(older, now | {"weighting": "gradient_magnitude"}, may_change=MAY_CHANGE, added=ADDED)
