@@ -9,7 +9,7 @@ import pytest
 from evaluate_cases import byte_model, log_probs, placed
 from tiny import LAYOUTS
 
-from jaxdistill.evaluate import Evaluation, Scoring, evaluate_text, excerpts, scoring
+from jaxdistill.evaluate import Evaluation, Scoring, ensemble, evaluate_text, excerpts, scoring
 from jaxdistill.tokenizers import ByteTokenizer
 
 DOMAINS = {
@@ -100,13 +100,20 @@ def test_empty_rows_and_chunks_change_nothing(models, evaluated):
 
 
 def test_a_model_runs_once_for_each_batch_whoever_needs_it(models, monkeypatch):
-    ran = []
-    run = scoring._outputs
-    monkeypatch.setattr(scoring, "_outputs", lambda model, *rest: ran.append(id(model)) or run(model, *rest))
+    """A teacher, and an ensemble that it is a member of."""
+    ran, run = [], scoring._hidden
+    monkeypatch.setattr(scoring, "_hidden", lambda *given: ran.append(id(given[3])) or run(*given))
+    together = ensemble({name: models[name] for name in ("teacher", "student")}, "scores")
     batches = []
-    evaluate_text(models, DOMAINS, teacher="teacher", scoring=SMALL, progress=lambda done, total: batches.append(total))
+    evaluate_text(
+        models | {"together": together},
+        DOMAINS,
+        teacher="teacher",
+        scoring=SMALL,
+        progress=lambda done, total: batches.append(total),
+    )
     assert len(batches) == batches[0] > 1
-    assert [ran.count(id(model)) for model in models.values()] == [len(batches)] * len(models)
+    assert [ran.count(id(model.params)) for model in models.values()] == [len(batches)] * len(models)
 
 
 def test_another_vocabulary_has_bits_per_byte_alone(models):

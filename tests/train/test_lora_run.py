@@ -77,6 +77,7 @@ def test_a_frozen_base_is_the_teachers_own_memory_and_is_never_donated(files, tm
     jax.tree.map(np.testing.assert_array_equal, teacher.params, before)
 
 
+@pytest.mark.slow
 def test_what_is_trained_in_full_beside_adapters_is_a_copy(files, tmp_path):
     """Also where rules of its own place the student elsewhere, and where a teacher that learns is in the state, which
     is donated."""

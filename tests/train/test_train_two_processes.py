@@ -98,6 +98,7 @@ def test_two_processes_go_on_from_one_and_export(files, whole, tmp_path):
     np.testing.assert_array_equal(student.params["final_norm"]["scale"], state["params/student/final_norm/scale"])
 
 
+@pytest.mark.slow
 def test_two_processes_cut_the_same_student_as_one(files, tmp_path):
     """By importance that each measured on its own rows: one plan, one student before and after it learned."""
     out, alone = tmp_path / "run", tmp_path / "alone"
