@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdistill.align.edit_distance import minimum_edit_map
+from jaxdistill.align.edit_distance import Progress, minimum_edit_map
 from jaxdistill.sharding import Layout, names_of
 from jaxdistill.specs import ModelConfig
 from jaxdistill.tokenizers.base import TURN_ENDS, SpecialTokens, Tokenizer
@@ -65,7 +65,7 @@ def map_vocabulary(old: Tokenizer, new: Tokenizer) -> VocabularyMap:
     return VocabularyMap(sources, kinds)
 
 
-def carried_ids(student: Tokenizer, teacher: Tokenizer) -> np.ndarray:
+def carried_ids(student: Tokenizer, teacher: Tokenizer, *, progress: Progress = lambda done, total: None) -> np.ndarray:
     """For each of the student's ids the teacher's whose probability it takes, int32; -1 for none.
 
     Special tokens by what they do, as in `map_vocabulary`; ordinary ones by the smallest edit distance of their bytes
@@ -74,7 +74,8 @@ def carried_ids(student: Tokenizer, teacher: Tokenizer) -> np.ndarray:
     special = {*teacher.special.all.values()}
     vocabulary = teacher.token_bytes()
     ordinary = np.array([token for token in range(len(vocabulary)) if token not in special])
-    found = ordinary[minimum_edit_map(student.token_bytes(), [vocabulary[token] for token in ordinary])]
+    theirs = [vocabulary[token] for token in ordinary]
+    found = ordinary[minimum_edit_map(student.token_bytes(), theirs, progress=progress)]
     for text, token in student.special.all.items():
         source = _special_source(token, text, teacher.special, student.special)
         found[token] = -1 if source is None else source[0]

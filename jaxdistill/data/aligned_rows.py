@@ -70,13 +70,14 @@ class AlignedPiece:
 
     def targets(self) -> list[np.ndarray]:
         """The chunk of the target at each position, int32, for both sides: those supervised here count from 1."""
-        wanted = np.zeros(len(self.document.supervised) + 1, bool)
-        wanted[self.start + 1 : self.stop + 1] = self.document.supervised[self.start : self.stop]
+        # Of this piece's chunks alone: a long document has many pieces.
+        wanted = np.append(False, self.document.supervised[self.start : self.stop])
         numbers = np.cumsum(wanted, dtype=np.int32) * wanted
         found = []
         for units, size, (_, chunks) in zip(self.document.units, self.sizes, self.document.sides, strict=True):
             first = units.begin(self.start) + 1
-            found.append(numbers[chunks[first : first + size]])
+            here = chunks[first : first + size] - self.start
+            found.append(numbers[np.where((here > 0) & (here < len(numbers)), here, 0)])
         return found
 
     def _side(self, units: Units, tokens: Tokenized) -> Piece:

@@ -136,7 +136,8 @@ class _Run:
         self.plan = student.plan
         if config.export == "huggingface" and student.config.homogeneous:
             check_exportable(student.config)
-        self.programs = Programs(config, student, teacher, places)
+        with self.clock.measure("prepare the steps"):
+            self.programs = Programs(config, student, teacher, places, progress=self._mapped)
         with self.clock.measure("start state"):
             # A teacher that learns is part of the state, and no longer kept beside it.
             learns = teacher is not None and config.teacher.correction is not None
@@ -161,6 +162,10 @@ class _Run:
     def _calibrated(self, done: int, total: int) -> None:
         if done == total or done % max(1, total // 4) == 0:
             self.say.progress(f"measuring importance: batch {done}/{total}")
+
+    def _mapped(self, done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            self.say.progress(f"the nearest of the teacher's tokens: {done:,}/{total:,}")
 
     def _saved_plan(self) -> PrunePlan:
         if not (self.directory / PLAN_NAME).exists():

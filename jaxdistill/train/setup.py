@@ -339,25 +339,35 @@ def _apply_student(
     return apply(config, params, batch, layout=layout, execution=execution, taps=taps)
 
 
-def _mapped_terms(terms: Mapping[str, AnyTerm], student: Tokenizer, teacher: Tokenizer) -> dict[str, AnyTerm]:
+def _mapped_terms(
+    terms: Mapping[str, AnyTerm], student: Tokenizer, teacher: Tokenizer, progress: Progress
+) -> dict[str, AnyTerm]:
     """Terms that carry one vocabulary over to the other, with their map."""
     if not any(isinstance(term, MinED) for term in terms.values()):
         return dict(terms)
-    ids = carried_ids(student, teacher)
+    ids = carried_ids(student, teacher, progress=progress)
     return {name: term.resolved(ids) if isinstance(term, MinED) else term for name, term in terms.items()}
 
 
 class Programs:
     """The pure steps of a run, jitted for its places."""
 
-    def __init__(self, config: TrainConfig, student: Student, teacher: Model | None, places: Places):
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Student,
+        teacher: Model | None,
+        places: Places,
+        *,
+        progress: Progress = lambda done, total: None,
+    ):
         correction = None if teacher is None else config.teacher.correction
         self.optimizer = config.optimizer.build(config.steps)
         if correction is not None:
             self.optimizer = side_by_side(self.optimizer, correction.optimizer.build(config.steps))
         self.terms = _resolved_terms(config, student.config, teacher.config if teacher else None, student.plan)
         if teacher is not None:
-            self.terms = _mapped_terms(self.terms, student.tokenizer, teacher.tokenizer)
+            self.terms = _mapped_terms(self.terms, student.tokenizer, teacher.tokenizer, progress)
         self.held_out_terms = held_out_terms(config, with_teacher=teacher is not None)
         self._teacher_vocab = None if teacher is None else teacher.config.vocab
         ends = {} if teacher is None else ends_of_chunks(self.terms, student.tokenizer, teacher.tokenizer)

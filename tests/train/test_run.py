@@ -397,8 +397,8 @@ def test_the_host_waits_for_a_step_only_when_the_next_is_under_way(files, tmp_pa
     device_get, programs = jax.device_get, loop.Programs
 
     class Recorded(programs):
-        def __init__(self, *given):
-            super().__init__(*given)
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
             jitted = self.train_step
 
             class Lowered:
