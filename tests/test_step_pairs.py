@@ -24,6 +24,7 @@ from jaxdistill.models.schema import param_shardings
 from jaxdistill.optimizer import Optax, side_by_side
 from jaxdistill.sharding import put_batch
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
+from jaxdistill.types import as_batch
 
 STUDENT = llama(layers=2, vocab=64)
 TEACHER = llama(layers=3, embed=24, mlp=40, tied=False, vocab=40)
@@ -291,8 +292,6 @@ def test_terms_on_equal_ids_are_refused_where_there_are_two():
 
 
 def test_paired_rows_hold_ids_that_the_models_have():
-    from jaxdistill.types import as_batch
-
     batch = jax.tree.map(np.asarray, paired_batch(0))
     rows = {**vars(batch), "teacher": {**vars(batch.teacher), "chunks": batch.teacher_chunks}}
     rows.pop("teacher_chunks")
