@@ -6,6 +6,10 @@ As configs/retokenize.py, with 256 bytes and a few special tokens instead of a v
 so the last layer's states at the ends of chunks are matched as well (channelwise, as the authors of 2503.20083
 recommend for bytes), and all of the student is trained. Rows of 2,048 bytes stand beside 576 of the teacher's tokens:
 English has about four bytes a token. The student needs about four times the arithmetic for the same text.
+
+The student keeps the teacher's embedding, and adds to each byte's own that of the longest token which ends there:
+words it knew are told apart at once. No Hugging Face format holds such a model, so it is written as a checkpoint of
+ours; `--student.suffixes False --export huggingface` does without.
 """
 
 from jaxdistill.data.pipeline import DataConfig
@@ -19,7 +23,7 @@ from jaxdistill.train.config import StudentConfig, TrainConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         out="",
-        student=StudentConfig(tokenizer="bytes"),
+        student=StudentConfig(tokenizer="bytes", suffixes=True),
         data=DataConfig(length=2048, teacher_length=576, batch_size=16),
         losses={
             "alm": ALM(),
@@ -29,4 +33,5 @@ def get_config() -> TrainConfig:
         weighting="gradient_magnitude",
         optimizer=AdamW(learning_rate=WarmupCosine(peak=1e-4)),
         steps=1000,
+        export="jaxdistill",
     )

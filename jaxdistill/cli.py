@@ -353,6 +353,7 @@ def retokenize(
     seed: int = 0,
     to: Literal["jaxdistill", "hf"] = "jaxdistill",
     dtype: DType = "float32",
+    suffixes: bool = False,
 ) -> None:
     """Move a model to another tokenizer: its embedding is made anew, from the tokens that spell the new ones.
 
@@ -367,12 +368,23 @@ def retokenize(
         seed: Of the rows that nothing is known of.
         to: Our checkpoint, or a Hugging Face directory.
         dtype: What the parameters are read and stored as.
+        suffixes: A model of bytes keeps the old embedding as well, and adds to its input that of the longest old token
+            which ends at each byte.
     """
     from jaxdistill.jobs.retokenize import RetokenizeConfig
     from jaxdistill.jobs.retokenize import retokenize as run_retokenize
 
     run_retokenize(
-        RetokenizeConfig(model=model, tokenizer=tokenizer, out=out, multiple=multiple, seed=seed, to=to, dtype=dtype)
+        RetokenizeConfig(
+            model=model,
+            tokenizer=tokenizer,
+            out=out,
+            multiple=multiple,
+            seed=seed,
+            to=to,
+            dtype=dtype,
+            suffixes=suffixes,
+        )
     )
 
 

@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdistill.align.edit_distance import Progress, minimum_edit_map
+from jaxdistill.models.schema import param_shardings
+from jaxdistill.models.suffixes import BYTES, build_trie
 from jaxdistill.sharding import Layout, names_of
-from jaxdistill.specs import ModelConfig
+from jaxdistill.specs import ModelConfig, SuffixTable
 from jaxdistill.tokenizers.base import TURN_ENDS, SpecialTokens, Tokenizer
 from jaxdistill.tokenizers.vocabulary import ordinary_ids
 from jaxdistill.types import Params
@@ -159,6 +161,7 @@ def retokenize_model(
     key: jax.Array,
     layout: Layout = Layout(),
     multiple: int = 1,
+    suffixes: bool = False,
 ) -> tuple[ModelConfig, Params, VocabularyMap]:
     """The model for another tokenizer, and where its rows come from: an embedding, and a head of its own if it has one,
     for the new ids; all other leaves are the arrays that were given.
@@ -167,8 +170,22 @@ def retokenize_model(
     deviation of the old rows. The vocabulary is rounded up to a multiple; the rows of padding are the mean of all
     others, so that their score is the mean score and the probability of each, by Jensen's inequality, never above
     1 / vocabulary. Tables are read and written in their places; nobody holds more than its shard of the new ones.
-    Raises ValueError for a model that has fewer ids than its tokenizer.
+
+    suffixes: a model of bytes also keeps the old embedding, and adds to its input that of the longest old token which
+    ends at each byte (`models.suffixes`).
+
+    Raises ValueError for a model that has fewer ids than its tokenizer, and for suffixes of what is not bytes.
     """
+    if config.suffixes is not None:
+        raise ValueError(
+            "the model reads the suffixes of its bytes in another vocabulary, which have no place among other tokens; "
+            "move the model that it was made from."
+        )
+    if suffixes and new.token_bytes()[:BYTES] != [bytes([byte]) for byte in range(BYTES)]:
+        raise ValueError(
+            f"suffixes are of bytes, and the first {BYTES} ids of the new tokenizer are others; use the tokenizer "
+            '"bytes", or leave suffixes out.'
+        )
     if config.vocab < old.vocab_size or multiple < 1:
         raise ValueError(
             f"the model has {config.vocab} ids, its tokenizer {old.vocab_size}, and the multiple is {multiple}; give "
@@ -184,7 +201,20 @@ def retokenize_model(
         name: {"kernel": move(params[name]["kernel"], jax.random.fold_in(key, index), drawn, *entries)}
         for index, name in enumerate(tables)
     }
-    return dataclasses.replace(config, vocab=shape[0]), params | moved, rows
+    made = dataclasses.replace(config, vocab=shape[0])
+    if suffixes:
+        trie = _trie(rows, old, vocab=made.vocab)
+        made = dataclasses.replace(made, suffixes=SuffixTable(vocab=config.vocab, nodes=len(trie)))
+        kept = {"kernel": params["embedding"]["kernel"], "trie": trie}
+        moved["suffixes"] = jax.device_put(kept, param_shardings(made, layout)["suffixes"])
+    return made, params | moved, rows
+
+
+def _trie(rows: VocabularyMap, old: Tokenizer, *, vocab: int) -> np.ndarray:
+    """Of the old tokens, with the old special ones that the new ones were made of."""
+    kinds = enumerate(zip(rows.sources, rows.kinds, strict=True))
+    carried = {id: source[0] for id, (source, kind) in kinds if id >= BYTES and kind in ("role", "exact")}
+    return build_trie(ordinary_ids(old), carried, vocab=vocab)
 
 
 def _mover(layout: Layout, *, shape: tuple[int, int], old_ids: int, new_ids: int) -> Callable[..., Array]:

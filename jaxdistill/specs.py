@@ -126,6 +126,15 @@ def parts_of(widths: Mapping[str, int]) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SuffixTable:
+    """A second embedding, of a model of bytes: of the longest token of another vocabulary that ends at each byte
+    (`models.suffixes`). vocab: rows of its table. nodes: of the trie of its tokens."""
+
+    vocab: int
+    nodes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only language model. Everything that decides shapes and outputs, nothing about how it is run."""
 
@@ -139,6 +148,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     max_length: int = 2048
     """The longest context that the model was trained for, in tokens."""
+    suffixes: SuffixTable | None = None
 
     def __post_init__(self):
         for name in ("vocab", "embed"):

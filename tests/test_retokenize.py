@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LAYOUTS, llama
+from tiny import LAYOUTS, llama, slow
 from tiny import params as tiny_params
 
 from jaxdistill import retokenize
-from jaxdistill.models.schema import param_shardings
+from jaxdistill.models.schema import abstract_params, param_shardings
+from jaxdistill.models.suffixes import longest_suffixes
 from jaxdistill.retokenize import carried_ids, decompose, map_vocabulary, retokenize_model
 from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
+from jaxdistill.tokenizers import ByteTokenizer
 from jaxdistill.tokenizers.base import Encoding, SpecialTokens, special_tokens
 from jaxdistill.tokenizers.vocabulary import ordinary_ids
 
@@ -270,6 +272,30 @@ def test_no_device_holds_a_whole_table():
     sizes = {int(np.prod([int(n) for n in shape.split(",")])) for shape in re.findall(r"f32\[([\d,]+)\]", program)}
     assert 256 * 24 in sizes  # a shard
     assert max(sizes) < 2 * 256 * 24
+
+
+@pytest.mark.parametrize("layout", ["one device", slow("fsdp 4 x tensor 2")])
+def test_a_model_of_bytes_may_keep_the_old_embedding(layout):
+    """The very array, and a trie that finds its tokens; special ones by what they do."""
+    place = LAYOUTS[layout]()
+    old, config, params = old_model(tied=True, layout=place)
+    new = ByteTokenizer()
+    changed, made, _ = retokenize_model(
+        config, params, old, new, key=jax.random.key(1), layout=place, multiple=8, suffixes=True
+    )
+    assert made["suffixes"]["kernel"] is params["embedding"]["kernel"]
+    assert (changed.vocab, changed.suffixes.vocab) == (264, config.vocab)
+    shapes = jax.tree.map(lambda x: (x.shape, x.sharding), made)
+    assert shapes == jax.tree.map(
+        lambda x, place: (x.shape, place), abstract_params(changed), param_shardings(changed, place)
+    )
+    row = np.array([[*b"foo bar", new.special.eos]])
+    found = longest_suffixes(made["suffixes"]["trie"], row, np.ones_like(row), vocab=changed.vocab)
+    assert spelled(old, found[0]) == [b"f", b"o", b"foo", b" ", b" b", b"ba", b"bar", b"</s>"]
+    with pytest.raises(ValueError, match="move the model that it was made from"):
+        retokenize_model(changed, made, new, NEW, key=jax.random.key(0))
+    with pytest.raises(ValueError, match='use the tokenizer "bytes"'):
+        retokenize_model(config, params, old, NEW, key=jax.random.key(0), suffixes=True)
 
 
 def test_a_tokenizer_of_another_model_is_refused():

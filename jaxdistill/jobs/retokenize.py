@@ -15,6 +15,7 @@ from jaxdistill.formats.paths import local_path
 from jaxdistill.jobs.stage import stage, whole_machine
 from jaxdistill.models.export import check_exportable, write_hf
 from jaxdistill.retokenize import retokenize_model
+from jaxdistill.specs import SuffixTable
 from jaxdistill.tokenizers import load_tokenizer
 
 
@@ -29,6 +30,7 @@ class RetokenizeConfig:
     seed: int
     to: Literal["jaxdistill", "hf"]
     dtype: str
+    suffixes: bool
 
 
 def retokenize(config: RetokenizeConfig) -> Path:
@@ -39,7 +41,9 @@ def retokenize(config: RetokenizeConfig) -> Path:
         raise FileExistsError(f"{out} exists. Choose another --out, or move it.")
     tokenizer = load_tokenizer(config.tokenizer)
     if config.to == "hf":
-        check_exportable(open_config(config.model))
+        # How large it is does not matter here: a table of suffixes has no place in the format.
+        suffixes = SuffixTable(vocab=1, nodes=1) if config.suffixes else None
+        check_exportable(dataclasses.replace(open_config(config.model), suffixes=suffixes))
     layout = whole_machine()
     with stage(f"opening {config.model}"):
         model = open_model(config.model, layout=layout, dtype=jnp.dtype(config.dtype))
@@ -52,6 +56,7 @@ def retokenize(config: RetokenizeConfig) -> Path:
             key=jax.random.key(config.seed),
             layout=layout,
             multiple=config.multiple,
+            suffixes=config.suffixes,
         )
     print(f"{shape.vocab:,} ids: " + ", ".join(f"{count:,} {kind}" for kind, count in rows.counts.items()))
     with stage(f"writing {out}"):

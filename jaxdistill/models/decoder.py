@@ -21,6 +21,7 @@ from jaxdistill.models.attention import RopeTable, attend, causal_attention, que
 from jaxdistill.models.embedding import look_up
 from jaxdistill.models.modules import Attend, Block, Context, RMSNorm
 from jaxdistill.models.schema import segment_bounds
+from jaxdistill.models.suffixes import NONE, WINDOW, longest_suffixes
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig, Rope
 from jaxdistill.types import Head, Outputs, Params, Tap
@@ -93,12 +94,14 @@ class Cache:
 
     keys, values: {segment: [layers, batch, kv_heads, slots, head_dim]}. segment_ids: [batch, slots], 0 where a slot
     is empty or padding. used: how many slots are filled; all rows fill the same slots, shorter ones with padding.
+    recent: the last tokens and their segment ids, for a model that reads suffixes.
     """
 
     keys: dict[str, Array]
     values: dict[str, Array]
     segment_ids: Int[Array, "batch slots"]
     used: Int[Array, ""]
+    recent: Int[Array, "2 batch window"] | None = None
 
 
 def apply(
@@ -123,7 +126,8 @@ def apply(
     _check_gates(config, gates)
     context = _context(config, rows, _row_attention(rows, layout), layout, execution)
     mask = (rows.segment_ids > 0).astype(jnp.float32)
-    x = _embed(params, rows.tokens, layout, execution)
+    suffixes = None if config.suffixes is None else _suffixes(config, params, rows.tokens, rows.segment_ids)
+    x = _embed(params, rows.tokens, suffixes, layout, execution)
     seen: dict[str, list[Any]] = {name: [] for name in taps}
     for first, last, spec, layers in _runs(config, params, taps, gates):
         active = {name: tap for name, tap in taps.items() if _taps_layer(tap, first)}
@@ -162,6 +166,7 @@ def init_cache(
         values={str(i): zeros(*segment) for i, segment in enumerate(config.segments)},
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         used=jnp.zeros((), jnp.int32),
+        recent=None if config.suffixes is None else jnp.zeros((2, batch, WINDOW), jnp.int32),
     )
 
 
@@ -198,7 +203,12 @@ def apply_cached(
         )
         return heads, (keys, values)
 
-    x = _embed(params, rows.tokens, layout, execution)
+    suffixes = recent = None
+    if cache.recent is not None:
+        recent = jnp.concatenate([cache.recent, jnp.stack([rows.tokens, rows.segment_ids])], axis=-1)
+        suffixes = _suffixes(config, params, *recent)[:, WINDOW:]
+        recent = recent[..., -WINDOW:]
+    x = _embed(params, rows.tokens, suffixes, layout, execution)
     new_keys, new_values = {}, {}
     for name, (size, spec) in zip(params["segments"], config.segments, strict=True):
 
@@ -215,7 +225,7 @@ def apply_cached(
         x, new_keys[name], new_values[name] = carry
     hidden = _finish(config, params, x, layout, execution)
     used = start + rows.tokens.shape[1]
-    return Outputs(hidden=hidden, head=head_of(config, params)), Cache(new_keys, new_values, segment_ids, used)
+    return Outputs(hidden=hidden, head=head_of(config, params)), Cache(new_keys, new_values, segment_ids, used, recent)
 
 
 def head_of(config: ModelConfig, params: Params) -> Head:
@@ -254,8 +264,16 @@ def _row_attention(rows: TokenRows, layout: Layout) -> Attend:
     return attention
 
 
-def _embed(params: Params, tokens: Array, layout: Layout, execution: Execution) -> Array:
+def _suffixes(config: ModelConfig, params: Params, tokens: Array, segment_ids: Array) -> Array:
+    return longest_suffixes(params["suffixes"]["trie"], tokens, segment_ids, vocab=config.vocab)
+
+
+def _embed(params: Params, tokens: Array, suffixes: Array | None, layout: Layout, execution: Execution) -> Array:
     x = look_up(params["embedding"]["kernel"], tokens, layout=layout, dtype=execution.dtype)
+    if suffixes is not None:
+        table = params["suffixes"]["kernel"]
+        longest = look_up(table, jnp.maximum(suffixes, 0), layout=layout, dtype=execution.dtype)
+        x += jnp.where((suffixes == NONE)[..., None], 0, longest)
     return layout.constrain(x, ("batch", "length", None))
 
 

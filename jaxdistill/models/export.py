@@ -74,6 +74,11 @@ def write_hf(
 
 def check_exportable(config: ModelConfig) -> dict[str, Any]:
     """The config.json fields of a model's architecture; raises ConfigError if the format cannot express it."""
+    if config.suffixes is not None:
+        raise ConfigError(
+            "this model of bytes adds the embedding of the longest token that ends at each byte to its input, which no "
+            "Hugging Face architecture does. Keep it as a checkpoint of ours."
+        )
     if not config.homogeneous:
         raise ConfigError(
             "a Hugging Face config.json describes one kind of layer, and this model's layers differ: "

@@ -19,8 +19,18 @@ from jaxtyping import Array, Float, Int
 from jaxdistill.models.attention import RopeTable, rotate
 from jaxdistill.models.experts import choose_experts, run_experts
 from jaxdistill.models.kernels import merged, product
+from jaxdistill.models.suffixes import COLUMNS, empty_trie
 from jaxdistill.sharding import Axes, Layout
-from jaxdistill.specs import Activation, Attention, GatedMLP, LayerSpec, MixtureOfExperts, ModelConfig, Rope
+from jaxdistill.specs import (
+    Activation,
+    Attention,
+    GatedMLP,
+    LayerSpec,
+    MixtureOfExperts,
+    ModelConfig,
+    Rope,
+    SuffixTable,
+)
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """From rotated queries, rotated keys and values to each query's mix of values, and the memory to keep (a cache)."""
@@ -67,12 +77,15 @@ class Context:
         return value * jnp.take_along_axis(factor[:, None], chosen, axis=-1).astype(value.dtype)
 
 
-def parameter(shape: tuple[int, ...], axes: Axes, initializer: Initializer, *, inputs: int = 0) -> nnx.Param:
+def parameter(
+    shape: tuple[int, ...], axes: Axes, initializer: Initializer, *, inputs: int = 0, dtype: Any = None
+) -> nnx.Param:
     """A parameter that names its axes under our own key (flax's own sharding keys act eagerly and want a mesh).
 
-    inputs: of a kernel, how many axes a product sums over, which lead but for "experts".
+    inputs: of a kernel, how many axes a product sums over, which lead but for "experts". dtype: of what is no weight.
     """
-    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes, initializer=initializer, inputs=inputs)
+    value = jnp.zeros(shape, dtype or jnp.float32)
+    return nnx.Param(value, logical_axes=axes, initializer=initializer, inputs=inputs, fixed_dtype=dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -227,6 +240,14 @@ class Table(nnx.Module):
         self.kernel = parameter(shape, ("vocab", "embed"), normal(EMBEDDING_STDDEV), inputs=1)
 
 
+class Suffixes(nnx.Module):
+    """The table of the longest tokens that end at bytes, and the trie that finds them; fresh, it knows none."""
+
+    def __init__(self, table: SuffixTable, config: ModelConfig):
+        self.kernel = parameter((table.vocab, config.embed), ("vocab", "embed"), normal(EMBEDDING_STDDEV))
+        self.trie = parameter((table.nodes, COLUMNS), (None, None), empty_trie, dtype=jnp.int32)
+
+
 class Decoder(nnx.Module):
     """The whole model, layer by layer: the per-layer view that schemas, converters and pruning name tensors by."""
 
@@ -236,6 +257,8 @@ class Decoder(nnx.Module):
         self.final_norm = RMSNorm(config.embed, config.norm_epsilon)
         if not config.tied:
             self.head = Table(config)
+        if config.suffixes is not None:
+            self.suffixes = Suffixes(config.suffixes, config)
 
 
 def residual_scale(config: ModelConfig) -> float:

@@ -33,12 +33,14 @@ class ParamSpec:
     """One parameter of one layer (or of the model): its shape, the name of each axis, and how it starts.
 
     inputs: of a kernel, how many axes a product sums over, which lead but for "experts"; 0 for what is no kernel.
+    dtype: of what is no weight, and never learns; None for weights, which have the dtype that is asked for.
     """
 
     shape: tuple[int, ...]
     axes: Axes
     initializer: Initializer
     inputs: int = 0
+    dtype: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,8 @@ def _declared(node: Any, prefix: str) -> Iterator[tuple[str, ParamSpec]]:
     """The parameters below a module, in the order in which they were declared."""
     if isinstance(node, nnx.Param):
         meta = node.get_metadata()
-        yield prefix, ParamSpec(tuple(node.shape), meta["logical_axes"], meta["initializer"], meta["inputs"])
+        names = ("logical_axes", "initializer", "inputs", "fixed_dtype")
+        yield prefix, ParamSpec(tuple(node.shape), *(meta[name] for name in names))
     elif isinstance(node, nnx.List):
         for index, child in enumerate(node):
             yield from _declared(child, f"{prefix}.{index}")
@@ -142,7 +145,8 @@ def leaf_at(params: Params, path: Path) -> Any:
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """The stacked tree as shapes and dtypes, without values."""
-    return nested({path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in stacked_schema(config).items()})
+    leaves = stacked_schema(config)
+    return nested({path: jax.ShapeDtypeStruct(leaf.shape, leaf.spec.dtype or dtype) for path, leaf in leaves.items()})
 
 
 def param_axes(config: ModelConfig) -> Params:
@@ -189,7 +193,8 @@ def leaf_initialiser(
     def values(leaf: StackedSpec, key: jax.Array) -> jax.Array:
         names = jnp.asarray([zlib.crc32(name.encode()) for name in leaf.members], jnp.uint32)
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(names)
-        made = jax.vmap(lambda k: leaf.spec.initializer(k, leaf.spec.shape, jnp.float32))(keys).astype(dtype)
+        made = jax.vmap(lambda k: leaf.spec.initializer(k, leaf.spec.shape, jnp.float32))(keys)
+        made = made.astype(leaf.spec.dtype or dtype)
         return made if leaf.stacked else made[0]
 
     def initialise(key: jax.Array) -> Params:
@@ -226,7 +231,7 @@ def unstack(config: ModelConfig, params: Params) -> dict[str, Any]:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """How many numbers the model has; a tied head is counted once."""
+    """How many weights the model has; a tied head is counted once."""
     return _sizes(config, config.layers[0])[""] + sum(sum(layer.values()) for layer in layer_sizes(config))
 
 
@@ -244,8 +249,14 @@ def _sizes(config: ModelConfig, spec: LayerSpec) -> dict[str, int]:
     for name, leaf in _schema(dataclasses.replace(config, layers=(spec,))).items():
         first, *rest = name.split(".")
         part = "" if first != "layers" else "experts" if leaf.axes[0] == "experts" else rest[1]
-        sizes[part] = sizes.get(part, 0) + math.prod(leaf.shape)
+        sizes[part] = sizes.get(part, 0) + (math.prod(leaf.shape) if leaf.dtype is None else 0)
     return sizes
+
+
+def weights(config: ModelConfig) -> Callable[[str], bool]:
+    """A test of dotted names in the stacked tree: whether the leaf is a weight, that may learn."""
+    fixed = {".".join(path) for path, leaf in stacked_schema(config).items() if leaf.spec.dtype is not None}
+    return lambda name: name not in fixed
 
 
 def _examples(config: ModelConfig) -> str:

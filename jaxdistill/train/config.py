@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from jaxdistill import partition
@@ -87,9 +88,13 @@ class StudentConfig:
     """A path, or "bytes". None is the model's own, of a fresh model the teacher's. A model that has another one is
     moved to this: its embedding, and a head of its own, are made anew from the rows of the tokens that spell the new
     ones (`retokenize`)."""
+    suffixes: bool = False
+    """With the tokenizer "bytes": it also keeps the old embedding, frozen, and adds to its input that of the longest
+    old token which ends at each byte. No Hugging Face format holds such a model: with export="jaxdistill"."""
     trainable: tuple[str, ...] = ("*",)
     """Shell patterns of the parameters that are trained (`segments.*`, `*.norm.scale`); the rest is frozen. With
-    `lora`, what is trained in full besides the adapters, and "*" stands for nothing."""
+    `lora`, what is trained in full besides the adapters, and "*" stands for nothing. The embedding of suffixes is
+    trained where it is named (`suffixes.kernel`)."""
     lora: Lora | None = None
     """Train low-rank adapters of the kernels that it names, and merge them into the student that is written. What is
     frozen then shares the teacher's memory where the student starts from the teacher."""
@@ -102,9 +107,11 @@ class StudentConfig:
         return self.tokenizer is not None and self.model is None
 
     @property
-    def trained(self) -> tuple[str, ...]:
-        """The patterns of what is trained in full."""
-        return self.trainable if self.lora is None else tuple(p for p in self.trainable if p != "*")
+    def trained(self) -> Callable[[str], bool]:
+        """Whether a parameter of this name, in the stacked form, is trained in full."""
+        patterns = self.trainable if self.lora is None else tuple(p for p in self.trainable if p != "*")
+        chosen, named = partition.matches(patterns), partition.matches([p for p in patterns if p.startswith("suffix")])
+        return lambda name: named(name) if name.startswith("suffixes.") else chosen(name)
 
     def __post_init__(self):
         sources = [n for n in ("path", "model") if getattr(self, n) is not None]
@@ -116,6 +123,13 @@ class StudentConfig:
             raise ValueError("StudentConfig.model is made fresh in its own sizes; leave out `prune` and `plan`.")
         if self.model is not None and self.lora is not None:
             raise ValueError("StudentConfig.model is made fresh: there is nothing to adapt; leave out `lora`.")
+        if self.model is not None and self.model.suffixes is not None:
+            raise ValueError("StudentConfig.model.suffixes is what a model on disk once knew; leave it out.")
+        if self.suffixes and not self.moved:
+            raise ValueError(
+                "StudentConfig.suffixes keeps the embedding of a model that is moved to bytes; give "
+                'tokenizer="bytes" too.'
+            )
         if self.calibration_batches < 1:
             raise ValueError(f"StudentConfig.calibration_batches is {self.calibration_batches}; it must be at least 1.")
 
@@ -249,11 +263,15 @@ class TrainConfig:
         if self.teacher.path is None and self.student.path is None and self.student.model is None:
             raise ValueError("no model; give --teacher.path DIR (and --student.path DIR for a student of its own).")
         self._check_teacher()
-        tables = partition.matches((*self.student.trained, *(self.student.lora.targets if self.student.lora else ())))
-        if self.student.moved and not tables("embedding.kernel"):
+        adapted = partition.matches(self.student.lora.targets if self.student.lora else ())
+        if self.student.moved and not (self.student.trained("embedding.kernel") or adapted("embedding.kernel")):
             raise ValueError(
-                f"student.tokenizer makes a new embedding, and neither student.trainable {self.student.trained} nor "
+                f"student.tokenizer makes a new embedding, and neither student.trainable {self.student.trainable} nor "
                 'student.lora reaches it: it would never learn. Add "embedding.*" (and "head.*") to student.trainable.'
+            )
+        if self.student.suffixes and self.export == "huggingface":
+            raise ValueError(
+                "student.suffixes makes a model that no Hugging Face format can hold; give --export jaxdistill."
             )
         if self.data.teacher_length is not None and not self.aligned:
             raise ValueError(
@@ -293,7 +311,7 @@ MAY_CHANGE = frozenset(
 )
 """What a resume may give differently: nothing here changes what is computed, beyond rounding."""
 
-ADDED = {"data.chunks": "minimal", "weighting": "fixed"}
+ADDED = {"data.chunks": "minimal", "weighting": "fixed", "student.suffixes": False}
 """Fields that older runs lack, and the value at which they change nothing."""
 
 

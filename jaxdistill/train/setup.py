@@ -26,7 +26,7 @@ from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreeme
 from jaxdistill.models.decoder import Execution, apply
 from jaxdistill.models.flops import adapter_flops, forward_flops, training_flops
 from jaxdistill.models.lora import Lora, adapted, adapted_kernels, adapter_shardings, init_adapters
-from jaxdistill.models.schema import init_params, param_shardings
+from jaxdistill.models.schema import init_params, param_shardings, weights
 from jaxdistill.objective import AnyTerm
 from jaxdistill.optimizer import side_by_side
 from jaxdistill.prune.choose import choose, equal_importance
@@ -127,7 +127,9 @@ def make_student(
     if chosen.moved:
         new = load_tokenizer(str(chosen.tokenizer))
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        shape, params, rows = retokenize_model(shape, params, tokenizer, new, key=key, layout=places.student)
+        shape, params, rows = retokenize_model(
+            shape, params, tokenizer, new, key=key, layout=places.student, suffixes=chosen.suffixes
+        )
         tokenizer, moved = new, rows.counts
     # Leaves that are in their places already stay where they are.
     params = jax.device_put(params, param_shardings(shape, places.student))
@@ -186,7 +188,8 @@ def _partitioned(
     """The student of these parameters. borrowed: they are the teacher's. What is trained is donated to the step, so it
     is float32 of its own; what is frozen stays what it is."""
     chosen, lora = config.student, config.student.lora
-    trainable, frozen = partition.split(params, partition.matches(chosen.trained))
+    is_weight = weights(shape)
+    trainable, frozen = partition.split(params, lambda name: chosen.trained(name) and is_weight(name))
     trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=borrowed), trainable)
     if lora is not None:
         adapters = init_adapters(shape, lora, jax.random.key(config.seed), layout)
@@ -303,10 +306,10 @@ def _check_adapters(chosen: StudentConfig, shape: ModelConfig) -> None:
     if chosen.lora is None:
         return
     names = map(".".join, adapted_kernels(shape, chosen.lora))
-    both = list(filter(partition.matches(chosen.trained), names))
+    both = list(filter(chosen.trained, names))
     if both:
         raise ValueError(
-            f"student.trainable {chosen.trained} and student.lora.targets {chosen.lora.targets} both name {both[0]} "
+            f"student.trainable {chosen.trainable} and student.lora.targets {chosen.lora.targets} both name {both[0]} "
             f"({len(both)} kernels in all); a kernel is trained in full or has adapters. Name it in one of them."
         )
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.align.suffix import SuffixLookup
 from jaxdistill.assets import asset
 from jaxdistill.checkpoint.open import open_model
 from jaxdistill.models.decoder import Rows, apply, scores
+from jaxdistill.models.suffixes import build_trie, longest_suffixes
 from jaxdistill.retokenize import map_vocabulary, retokenize_model
 from jaxdistill.tokenizers import ByteTokenizer, load_tokenizer
 from jaxdistill.tokenizers.vocabulary import ordinary_ids
@@ -66,9 +66,9 @@ def test_rows_for_real_vocabularies(model, name, counts):
 
 def test_most_bytes_of_english_end_a_long_token(model):
     """The tokens of the text itself are among those that end there."""
-    lookup = SuffixLookup(ordinary_ids(model.tokenizer), {})
-    data = np.frombuffer(TEXT.encode(), np.uint8).astype(np.int32)
-    found = lookup(data, np.ones(len(data), np.int32))
+    trie = build_trie(ordinary_ids(model.tokenizer), {}, vocab=256)
+    data = np.frombuffer(TEXT.encode(), np.uint8).astype(np.int32)[None]
+    found = np.asarray(longest_suffixes(jnp.asarray(trie), data, np.ones_like(data), vocab=256))[0]
     vocabulary, encoding = model.tokenizer.token_bytes(), model.tokenizer.encode(TEXT)
     for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
         assert vocabulary[found[end - 1]].endswith(vocabulary[token])

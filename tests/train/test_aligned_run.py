@@ -20,6 +20,7 @@ from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL
 from jaxdistill.models.lora import Lora
 from jaxdistill.sharding import Layout, MeshConfig
+from jaxdistill.specs import SuffixTable
 from jaxdistill.tokenizers import load_tokenizer
 from jaxdistill.train.config import StudentConfig, TeacherConfig
 from jaxdistill.train.setup import Places, check_shapes, make_student, open_teacher, tokenizers_of
@@ -154,6 +155,29 @@ def test_a_moved_student_begins_with_the_rows_of_the_old_tokens(files, moved, pl
     assert all(leaf is theirs[name] for name, leaf in frozen.items())
 
 
+def test_a_student_of_bytes_keeps_the_old_embedding(config, whole, tmp_path):
+    """The teacher's own array, which does not learn; the student that is written reads it."""
+    bytes_ = config(
+        tmp_path,
+        teacher=TeacherConfig(path=str(whole / "student")),
+        student=StudentConfig(tokenizer="bytes", suffixes=True),
+        losses={"alm": LOSSES["alm"]},
+        export="jaxdistill",
+        steps=2,
+    )
+    teacher = open_teacher(bytes_, Places(Layout(), Layout()))
+    student = make_student(bytes_, teacher, Places(Layout(), Layout()))
+    assert student.frozen["suffixes"]["kernel"] is teacher.params["embedding"]["kernel"]
+    run(bytes_)
+    written = open_model(tmp_path / "student")
+    assert written.config.suffixes == student.config.suffixes
+    for name, leaf in student.frozen["suffixes"].items():
+        np.testing.assert_array_equal(written.params["suffixes"][name], leaf)
+    named = dataclasses.replace(bytes_.student, trainable=("suffixes.*", "embedding.*"))
+    chosen = make_student(dataclasses.replace(bytes_, student=named), teacher, Places(Layout(), Layout()))
+    assert {*partition.names(chosen.trainable)} == {"suffixes.kernel", "embedding.kernel"}
+
+
 def test_text_alone_can_train_a_moved_model(files, config, places, tmp_path):
     """Next-token training without a teacher, to compare with."""
     run(
@@ -189,6 +213,12 @@ def test_what_is_refused(files, config, tmp_path):
     frozen = StudentConfig(tokenizer="bytes", lora=Lora(rank=2))
     with pytest.raises(ValueError, match=r"makes a new embedding.* it would never learn"):
         config(tmp_path, student=frozen).check()
+    with pytest.raises(ValueError, match='give tokenizer="bytes" too'):
+        StudentConfig(suffixes=True)
+    with pytest.raises(ValueError, match="no Hugging Face format can hold; give --export jaxdistill"):
+        config(tmp_path, student=StudentConfig(tokenizer="bytes", suffixes=True), export="huggingface").check()
+    with pytest.raises(ValueError, match="leave it out"):
+        StudentConfig(model=dataclasses.replace(STUDENT, suffixes=SuffixTable(vocab=3, nodes=9)), tokenizer="bytes")
     with pytest.raises(ValueError, match=r"\['kl'\] are ALM terms under names"):
         config(tmp_path, losses={"kl": ALM()})
     balanced = LOSSES | {"hidden": HiddenMatch(layers=((-1, -1),), balance="alm")}

@@ -16,12 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-import shutil
 import statistics
 import sysconfig
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,16 +26,24 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
+from common import (
+    SEEDS,
+    Bench,
+    Row,
+    domains_of_held_out_text,
+    draw_ways,
+    plotting,
+    rows_of,
+    spread,
+    write_texts,
+)
 
 from jaxdistill.assets import asset
 from jaxdistill.checkpoint.open import Model, open_model
 from jaxdistill.data import DataConfig, eval_batches, source_at
-from jaxdistill.evaluate.text import excerpts
-from jaxdistill.formats.paths import write_text
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
 from jaxdistill.models.decoder import apply
-from jaxdistill.optimizer import AdamW, WarmupCosine
 from jaxdistill.prune.baselines import even_importance, worst_first
 from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.importance import Importance
@@ -57,23 +62,16 @@ from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
 from jaxdistill.step import make_eval_step
 from jaxdistill.tokenizers import ByteTokenizer
 from jaxdistill.train.config import (
-    CheckpointConfig,
-    HeldOutConfig,
-    LogConfig,
     StudentConfig,
     TeacherConfig,
-    TrainConfig,
 )
 from jaxdistill.train.loop import train
 from jaxdistill.types import as_batch
 
-SEEDS = (0, 1, 2)
 CALIBRATION_BATCHES = 16
 BEFORE = ("importance", "mask gradients", "even", "weights", "random", "worst")
 """Ways to choose what is kept."""
 Part = Literal["toy", "smollm2-50", "smollm2-75"]
-Row = dict[str, Any]
-"""What a run found: its bench, way, seed and rate; tokens; held-out numbers at its start and end; its curve."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,117 +86,6 @@ class Options:
     """Draw what there is into this directory, too."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bench:
-    """One teacher, its text, and where results go."""
-
-    name: str
-    out: Path
-    results: Path
-    teacher: Path
-    text: Path
-    held_out: Path
-    length: int
-    batch_size: int
-    windows: int
-    trainable: tuple[str, ...] = ("*",)
-    """Of students that begin with the teacher's weights."""
-
-    def result(self, way: str, make: Callable[[], Row], *, seed: int, rate: float | None = None) -> Row:
-        """The row of this way, seed and rate: from the file of results, or made and added to it."""
-        key = {"bench": self.name, "way": way, "seed": seed, "rate": rate}
-        for row in read_rows(self.results):
-            if key.items() <= row.items():
-                return row
-        began = time.perf_counter()
-        print(f"--- {self.name}: {way}, seed {seed}{f', rate {rate:g}' if rate else ''}", flush=True)
-        row = {**key, **make(), "seconds": round(time.perf_counter() - began, 1)}
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        with self.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return row
-
-    def config(self, name: str, *, seed: int, rate: float, steps: int, **changes: Any) -> TrainConfig:
-        given: dict[str, Any] = {
-            "out": str(self.out / "runs" / f"{self.name}-{name}"),
-            "teacher": TeacherConfig(path=str(self.teacher)),
-            "data": DataConfig(path=str(self.text), length=self.length, batch_size=self.batch_size, seed=seed),
-            "optimizer": AdamW(learning_rate=WarmupCosine(peak=rate, warmup=0.1), weight_decay=0.0),
-            "steps": steps,
-            "held_out": HeldOutConfig(path=str(self.held_out), every=1 << 20, windows=self.windows),
-            "checkpoints": CheckpointConfig(every=max(60, steps // 4)),
-            "log": LogConfig(every=20, tensorboard=False),
-            "export": "none",
-            "seed": seed,
-        }
-        return TrainConfig(**{**given, **changes})
-
-    def trained(self, way: str, *, seed: int, rate: float, steps: int, **changes: Any) -> Row:
-        """A run of `train`: held-out numbers before the first and after the last step, and the loss on the way."""
-        config = self.config(f"{way}-{seed}-{rate:g}", seed=seed, rate=rate, steps=steps, **changes)
-
-        def make() -> Row:
-            if train(config).step < steps:
-                raise SystemExit("stopped; the same command goes on")
-            lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
-            held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
-            curve = [(line["step"], round(line["loss"], 4)) for line in lines if line.get("loss") is not None]
-            shutil.rmtree(config.out)  # its checkpoints are gigabytes; what is wanted is in the row
-            tokens = steps * self.length * self.batch_size
-            return {"tokens": tokens, "start": held_out[0], "end": held_out[steps], "curve": curve}
-
-        return self.result(way, make, seed=seed, rate=rate)
-
-    def tuned(
-        self,
-        way: str,
-        rates: Sequence[float],
-        steps: int,
-        changes: Callable[[int], dict],
-        *,
-        seeds: Sequence[int] = SEEDS,
-    ) -> None:
-        """A run for each seed, with the learning rate that was best on the first one."""
-        first = [self.trained(way, seed=seeds[0], rate=rate, steps=steps, **changes(seeds[0])) for rate in rates]
-        best = min(first, key=lambda row: row["end"]["cross_entropy_nats"])["rate"]
-        for seed in seeds[1:]:
-            self.trained(way, seed=seed, rate=best, steps=steps, **changes(seed))
-
-    def calibration(self, model: Model, seed: int) -> Calibration:
-        """The batches that `train` measures importance on, for this seed."""
-        data = DataConfig(path=str(self.text), length=self.length, batch_size=self.batch_size, seed=seed)
-        return calibrate(model.config, model.params, model.tokenizer, data, batches=CALIBRATION_BATCHES)
-
-    def held_out_numbers(self, model: Model, plan: Any) -> dict[str, float]:
-        """Cross-entropy, KL and agreement of the teacher cut to a plan."""
-        shape, params = prune_model(model.config, model.params, plan)
-        terms: dict[str, Any] = {"cross_entropy": CrossEntropy(), "kl": ForwardKL(), "agreement": TopOneAgreement()}
-        step = jax.jit(
-            make_eval_step(
-                lambda params, batch: apply(shape, params, batch),
-                lambda params, batch: apply(model.config, params, batch),
-                terms,
-                chunk=default_chunk(model.config.vocab),
-                layout=Layout(),
-            )
-        )
-        sums: dict[str, Any] = {}
-        for rows in self.held_out_rows(model):
-            found = jax.device_get(step(params, model.params, as_batch(rows, vocab=model.config.vocab)))
-            sums = {name: mean + sums[name] if name in sums else mean for name, mean in found.items()}
-        names = {"cross_entropy": "cross_entropy_nats", "kl": "kl_nats", "agreement": "agreement"}
-        return {names[name]: float(mean.value) for name, mean in sums.items()}
-
-    def held_out_rows(self, model: Model) -> list[dict[str, np.ndarray]]:
-        return eval_batches(
-            source_at(str(self.held_out)),
-            model.tokenizer,
-            length=self.length,
-            batch_size=self.batch_size,
-            max_windows=self.windows,
-        )
-
-
 def main(options: Options) -> None:
     results = options.results or options.out / "results.jsonl"
     for part in options.parts:
@@ -209,6 +96,46 @@ def main(options: Options) -> None:
         print(f"\n{table(results, part)}\n")
     if options.draw is not None:
         draw(results, options.draw)
+
+
+LABELS = {"kl_nats": "KL to the teacher, nats per token", "cross_entropy_nats": "cross-entropy, nats per byte"}
+
+
+def calibration(bench: Bench, model: Model, seed: int) -> Calibration:
+    """The batches that `train` measures importance on, for this seed."""
+    data = DataConfig(path=str(bench.text), length=bench.length, batch_size=bench.batch_size, seed=seed)
+    return calibrate(model.config, model.params, model.tokenizer, data, batches=CALIBRATION_BATCHES)
+
+
+def held_out_numbers(bench: Bench, model: Model, plan: Any) -> dict[str, float]:
+    """Cross-entropy, KL and agreement of the teacher cut to a plan."""
+    shape, params = prune_model(model.config, model.params, plan)
+    terms: dict[str, Any] = {"cross_entropy": CrossEntropy(), "kl": ForwardKL(), "agreement": TopOneAgreement()}
+    step = jax.jit(
+        make_eval_step(
+            lambda params, batch: apply(shape, params, batch),
+            lambda params, batch: apply(model.config, params, batch),
+            terms,
+            chunk=default_chunk(model.config.vocab),
+            layout=Layout(),
+        )
+    )
+    sums: dict[str, Any] = {}
+    for rows in held_out_rows(bench, model):
+        found = jax.device_get(step(params, model.params, as_batch(rows, vocab=model.config.vocab)))
+        sums = {name: mean + sums[name] if name in sums else mean for name, mean in found.items()}
+    names = {"cross_entropy": "cross_entropy_nats", "kl": "kl_nats", "agreement": "agreement"}
+    return {names[name]: float(mean.value) for name, mean in sums.items()}
+
+
+def held_out_rows(bench: Bench, model: Model) -> list[dict[str, np.ndarray]]:
+    return eval_batches(
+        source_at(str(bench.held_out)),
+        model.tokenizer,
+        length=bench.length,
+        batch_size=bench.batch_size,
+        max_windows=bench.windows,
+    )
 
 
 # SmolLM2-135M.
@@ -231,25 +158,27 @@ def smollm2(out: Path, results: Path, share: str) -> None:
         length=256,
         batch_size=4,
         windows=32,
-        # Rows of rare tokens would drift in a short run, and the gradient of the table is a tenth of a step.
-        trainable=("segments.*", "final_norm.*"),
     )
     target = SMOLLM2_TARGETS[share]
     before_training(bench, {f"{share} % of the parameters": target})
     # From scratch one seed: a run takes as long as six others, and ends nats away from them.
-    compare(bench, target, STEPS_60K, rates=(5e-4, 1e-3), scratch_rates=(1e-3, 3e-3), scratch=(4,), scratch_seeds=(0,))
+    compare(
+        bench,
+        target,
+        STEPS_60K,
+        rates=(5e-4, 1e-3),
+        scratch_rates=(1e-3, 3e-3),
+        scratch=(4,),
+        scratch_seeds=(0,),
+        # Rows of rare tokens would drift in a short run, and the gradient of the table is a tenth of a step.
+        trainable=("segments.*", "final_norm.*"),
+    )
 
 
 def six_domains(file: Path) -> Path:
     """1,400 bytes of each of the six held-out domains in turn, so that 32 windows see all of them."""
-    domains: dict[str, list[str]] = {}
-    for line in asset("heldout").read_text().splitlines():
-        record = json.loads(line)
-        domains.setdefault(record["type"], []).append(record["text"])
-    chosen = [excerpts(texts, total_bytes=6_000, document_bytes=1_500) for texts in domains.values()]
-    turns = [texts[i] for i in range(max(map(len, chosen))) for texts in chosen if i < len(texts)]
-    write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in turns))
-    return file
+    chosen = list(domains_of_held_out_text(document_bytes=1_500, domain_bytes=6_000).values())
+    return write_texts(file, [texts[i] for i in range(max(map(len, chosen))) for texts in chosen if i < len(texts)])
 
 
 # The toy: a byte-level model on the standard library's own source.
@@ -295,7 +224,8 @@ def toy(out: Path, results: Path) -> None:
     target = TOY_AXES["embed and mlp"]
     compare(bench, target, TOY_STEPS, rates=rates, scratch_rates=rates, scratch=(1, 4, 8))
     for shape, target in TOY_SHAPES.items():
-        pruned(bench, f"{shape}, KL", target, TOY_STEPS, rates, lambda seed: Activations(), {"kl": ForwardKL()})
+        options: dict[str, Any] = {"target": target, "steps": TOY_STEPS, "rates": rates}
+        pruned(bench, f"{shape}, KL", lambda seed: Activations(), {"kl": ForwardKL()}, **options)
 
 
 def source_code(out: Path) -> tuple[Path, Path]:
@@ -308,7 +238,7 @@ def source_code(out: Path) -> tuple[Path, Path]:
             (train_file, [t for i, t in enumerate(texts) if i % 20]),
             (held_out_file, [t[:4000] for i, t in enumerate(texts) if i % 20 == 0]),
         ):
-            write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in chosen if text))
+            write_texts(file, [text for text in chosen if text])
     return train_file, held_out_file
 
 
@@ -341,7 +271,7 @@ def before_training(bench: Bench, targets: Mapping[str, Target]) -> None:
         if way == "worst":
             return worst_first(scores("importance", seed))
         scorers = {"importance": Activations(), "mask gradients": MaskGradients(), "weights": WeightMagnitude()}
-        return scorers.get(way, RandomScores(seed=seed))(bench.calibration(model(), seed))
+        return scorers.get(way, RandomScores(seed=seed))(calibration(bench, model(), seed))
 
     for name, target in targets.items():
         for way in BEFORE:
@@ -349,7 +279,7 @@ def before_training(bench: Bench, targets: Mapping[str, Target]) -> None:
 
                 def make(way=way, seed=seed, target=target) -> Row:
                     chosen = even_importance(model().config, target) if way == "even" else scores(way, seed)
-                    start = bench.held_out_numbers(model(), choose(model().config, chosen, target))
+                    start = held_out_numbers(bench, model(), choose(model().config, chosen, target))
                     return {"tokens": 0, "start": start, "end": start}
 
                 bench.result(f"before: {name}: {way}", make, seed=seed)
@@ -364,12 +294,14 @@ def compare(
     scratch_rates: Sequence[float],
     scratch: Sequence[int],
     scratch_seeds: Sequence[int] = SEEDS,
+    trainable: tuple[str, ...] = ("*",),
 ) -> None:
     """Importance against random, distillation against cross-entropy, and both against a student from scratch."""
     kl, text = {"kl": ForwardKL()}, {"cross_entropy": CrossEntropy()}
-    pruned(bench, "importance, KL", target, steps, rates, lambda seed: Activations(), kl)
-    pruned(bench, "random, KL", target, steps, rates, lambda seed: RandomScores(seed=seed), kl)
-    pruned(bench, "importance, cross-entropy", target, steps, rates, lambda seed: Activations(), text)
+    options: dict[str, Any] = {"target": target, "steps": steps, "rates": rates, "trainable": trainable}
+    pruned(bench, "importance, KL", lambda seed: Activations(), kl, **options)
+    pruned(bench, "random, KL", lambda seed: RandomScores(seed=seed), kl, **options)
+    pruned(bench, "importance, cross-entropy", lambda seed: Activations(), text, **options)
     shape = target.resize(open_model(bench.teacher).config)
     for times in scratch:
         bench.tuned(
@@ -384,15 +316,19 @@ def compare(
 def pruned(
     bench: Bench,
     way: str,
+    scorer: Callable[[int], Scorer],
+    losses: Mapping[str, Term],
+    *,
     target: Target,
     steps: int,
     rates: Sequence[float],
-    scorer: Callable[[int], Scorer],
-    losses: Mapping[str, Term],
+    trainable: tuple[str, ...] = ("*",),
 ) -> None:
+    """Students cut to the target by this scorer, which learn `trainable` of them. From scratch all of it learns."""
+
     def changes(seed: int) -> dict[str, Any]:
         student = StudentConfig(
-            prune=target, scorer=scorer(seed), calibration_batches=CALIBRATION_BATCHES, trainable=bench.trainable
+            prune=target, scorer=scorer(seed), calibration_batches=CALIBRATION_BATCHES, trainable=trainable
         )
         return {"student": student, "losses": dict(losses)}
 
@@ -402,37 +338,13 @@ def pruned(
 # Tables and pictures.
 
 
-def read_rows(results: Path) -> list[Row]:
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-
-
-def rows_of(results: Path, benches: Sequence[str]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by bench and way, one for each seed: those of the learning rate that is best on the first seed."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in read_rows(results):
-        if row["bench"] in benches:
-            groups.setdefault((row["bench"], row["way"]), []).append(row)
-
-    def chosen(rows: list[Row]) -> list[Row]:
-        tuned = [row for row in rows if row["seed"] == SEEDS[0]]
-        best = min(tuned, key=lambda row: row["end"]["cross_entropy_nats"])["rate"]
-        return sorted((row for row in rows if row["rate"] == best), key=lambda row: row["seed"])
-
-    return {name: chosen(rows) for name, rows in groups.items()}
-
-
 def benches_of(part: str) -> list[str]:
     return ["toy", *(f"toy-teacher-{seed}" for seed in SEEDS)] if part == "toy" else [part]
 
 
-def spread(values: Sequence[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
-
-
 def table(results: Path, part: Part) -> str:
     """Markdown: KL by target and way before training; after it a line for each way. Means, and standard deviations."""
-    found = rows_of(results, benches_of(part))
+    found = rows_of(results, benches_of(part), tuned_by="cross_entropy_nats")
     before = before_rows(found)
     lines = [f"| KL before training | {' | '.join(before)} |", f"|---|{'---|' * len(before)}"]
     for way in BEFORE:
@@ -456,18 +368,14 @@ def table(results: Path, part: Part) -> str:
 
 def draw(results: Path, pictures: Path) -> None:
     """Pictures of all results that there are."""
-    import matplotlib  # pyright: ignore[reportMissingImports]
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt = plotting()
     pictures.mkdir(parents=True, exist_ok=True)
     for name, parts, number, vocab in (
         ("smollm2", ("smollm2-75", "smollm2-50"), "kl_nats", 49152),
         ("toy", ("toy",), "cross_entropy_nats", TOY_MODEL.vocab),
     ):
-        found = rows_of(results, [bench for part in parts for bench in benches_of(part)])
+        benches = [bench for part in parts for bench in benches_of(part)]
+        found = rows_of(results, benches, tuned_by="cross_entropy_nats")
         before = before_rows(found)
         if before:
             figure, axes = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
@@ -477,7 +385,7 @@ def draw(results: Path, pictures: Path) -> None:
             after = {way: rows for (bench, way), rows in found.items() if bench == part and "before" not in way}
             if after:
                 figure, axes = plt.subplots(figsize=(7.2, 0.8 + 0.36 * len(after)), layout="constrained")
-                draw_after(axes, after, number)
+                draw_ways(axes, after, number, LABELS[number])
                 figure.savefig(pictures / f"minitron-{part}-after.png", dpi=130)
 
 
@@ -508,22 +416,6 @@ def draw_before(axes: Any, before: dict[str, dict[str, list[Row]]], uniform: flo
     axes.set_ylabel("cross-entropy, nats per token")
     axes.set_title("After pruning, before training", loc="left")
     axes.legend(ncols=len(BEFORE), frameon=False, loc="upper center", fontsize=8)
-
-
-def draw_after(axes: Any, after: dict[str, list[Row]], number: str) -> None:
-    """A line for each way: where its seeds began (open) and ended (full)."""
-    for at, rows in enumerate(after.values()):
-        for row in rows:
-            axes.plot([row["start"][number], row["end"][number]], [at, at], color="lightgray", linewidth=1, zorder=1)
-            axes.plot(row["start"][number], at, "o", markerfacecolor="white", markeredgecolor=f"C{at % 10}")
-            axes.plot(row["end"][number], at, "o", color=f"C{at % 10}")
-        mean = statistics.fmean(row["end"][number] for row in rows)
-        axes.annotate(f"{mean:.3f}", (mean, at), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_yticks(range(len(after)), [f"{name} ({rows[0]['tokens']:,} tokens)" for name, rows in after.items()])
-    axes.set_xlabel("KL to the teacher, nats per token" if number == "kl_nats" else "cross-entropy, nats per byte")
-    axes.set_title("Open: before training. Full: after", loc="left")
-    axes.invert_yaxis()
-    axes.margins(y=0.08)
 
 
 if __name__ == "__main__":
