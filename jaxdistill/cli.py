@@ -412,9 +412,11 @@ def inspect_alignment(
     field: str = "text",
     bytes_per_document: int | None = 1000,
     prepend_bos: bool = False,
-    append_eos: bool = False,
+    append_eos: bool | None = None,
     chunks: Literal["minimal", "words"] = "minimal",
     merge_threshold: float | None = 0.1,
+    temperature: float = 100.0,
+    white_space: tuple[str, ...] = (" ", "\t", "\n"),
     activations: Literal["float32", "bfloat16"] = "float32",
     html: str | None = None,
 ) -> None:
@@ -435,10 +437,13 @@ def inspect_alignment(
         field: The key or column of the text, where the format has one.
         bytes_per_document: Of a plain text in a file, the first so many bytes; None takes all.
         prepend_bos: Begin the text with the begin-of-text token, on the sides that have one.
-        append_eos: End it with the end-of-text token, on the sides that have one.
+        append_eos: End it with the end-of-text token, on the sides that have one. None does so as training does,
+            if one of them has it, but not where a text was cut.
         chunks: Chunks end wherever a token ends on both sides, or only where a word may begin next.
         merge_threshold: Join a chunk with the next where the teacher's probability that a word ends is lower; None
             joins none.
+        temperature: What log-likelihoods are divided by in the divergence.
+        white_space: What a token begins with where a word may begin.
         activations: The precision of activations.
         html: Also write the same as a page.
     """
@@ -460,6 +465,8 @@ def inspect_alignment(
             append_eos=append_eos,
             chunks=chunks,
             merge_threshold=merge_threshold,
+            temperature=temperature,
+            white_space=white_space,
             activations=activations,
         )
     )

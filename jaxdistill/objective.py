@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,8 +26,8 @@ Weighting = Literal["fixed", "gradient_magnitude"]
 gradient by what the student's layers return (the last hidden states, and those that a term reads), so that terms of
 very different sizes move the student equally; divided by the sum of these factors without the weights. So the smallest
 gradient among the terms sets the size of the whole; one that rounding alone makes is left out. The norms are those of
-the whole batch at the same step. They cost a pass through the head for the values and one for each term; with
-micro-batches two more forward passes of both models.
+the whole batch at the same step. Each costs a pass through the head for the term's values and one for its gradient;
+with micro-batches two more forward passes of both models.
 
 After the authors' code of Approximate Likelihood Matching (2503.20083), which takes norms by the parameters of the last
 layer: those are no sums over positions, so they would depend on how a batch is cut."""
@@ -141,13 +141,18 @@ class Objective:
 
     # How averaged terms weigh.
 
-    def factors(self, means: Mapping[str, Mean], batch: Batch, known: Known) -> dict[str, Array]:
-        """What the total of each averaged term is multiplied by, given what `counted` says of the whole batch. With
-        gradients still to be measured: its share alone, see `emphasised`."""
+    def factors(
+        self, means: Mapping[str, Mean], batch: Batch, known: Known, squares: Callable[[Mapping[str, Array]], Any]
+    ) -> dict[str, Array]:
+        """What the total of each averaged term is multiplied by, a constant.
+
+        means: what `counted` says of the whole batch, or all of it. squares: gives `squared_gradients` of the whole
+        batch, for the factors of plain means.
+        """
         averaged = self.averaged(batch)
-        shares = {name: _share(means[name]) for name in averaged}
+        shares = jax.lax.stop_gradient({name: _share(means[name]) for name in averaged})
         if self.weighting != "fixed":
-            return jax.lax.stop_gradient(shares)
+            return self._emphasised(shares, squares(shares), known)
         weights = {name: at_step(term.weight, known.step) for name, term in averaged.items()}
         values = {name: (shares[name] * means[name].total).sum() for name in averaged}
         for name, term in averaged.items():
@@ -159,8 +164,15 @@ class Objective:
                 weights[name] *= jnp.where(equal, 0.0, size / jnp.where(equal, 1.0, values[name]))
         return jax.lax.stop_gradient({name: weights[name] * shares[name] for name in averaged})
 
-    def counted(self, means: Mapping[str, Mean], batch: Batch) -> dict[str, Mean]:
+    def total(self, means: Mapping[str, Mean], factors: Mapping[str, Array]) -> Float[Array, ""]:
+        """The loss of the averaged terms. Of those without weight nothing is differentiated."""
+        weights = {name: self.terms[name].weight for name in factors}
+        trained = [name for name, weight in weights.items() if callable(weight) or weight != 0]
+        return sum(((factors[name] * means[name].total).sum() for name in trained), jnp.float32(0))
+
+    def counted(self, seen: Seen, batch: Batch, parameters: Params, known: Known) -> dict[str, Mean]:
         """What `factors` reads of means. Totals that it does not read are left out: then nothing computes them."""
+        _, means = self.means(seen, batch, parameters, known)
         averaged = self.averaged(batch)
         balances = {n: term.balance for n, term in averaged.items() if isinstance(term, HiddenMatch) and term.balance}
         totals = {*balances, *balances.values()}
@@ -173,21 +185,23 @@ class Objective:
     def squared_gradients(
         self, seen: Seen, batch: Batch, parameters: Params, known: Known, factors: Mapping[str, Array]
     ) -> dict[str, Float[Array, ""]]:
-        """The squared norm of each term's gradient by what the student's layers return; a sum over positions."""
+        """The squared norm of each term's gradient by what the student's layers return; a sum over positions, and a
+        constant."""
+        seen, parameters = jax.lax.stop_gradient((seen, parameters))
 
-        def values(read):
+        def value(read: Any, name: str) -> Array:
             outputs = dataclasses.replace(seen.outputs, hidden=read["hidden"], taps=read["taps"])
-            _, means = self.means(Seen(outputs, seen.taught), batch, parameters, known)
-            return {name: (factor * means[name].total).sum() for name, factor in factors.items()}
+            alone = dataclasses.replace(self, terms={name: self.terms[name]}, corrected={})
+            _, means = alone.means(Seen(outputs, seen.taught), batch, parameters, known)
+            return (factors[name] * means[name].total).sum()
 
-        found, back = jax.vjp(values, {"hidden": seen.outputs.hidden, "taps": seen.outputs.taps})
-        squares = {}
-        for name in found:
-            one = {other: jnp.float32(other == name) for other in found}
-            squares[name] = sum(jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(back(one)))
-        return squares
+        def square(name: str) -> Array:
+            slopes = jax.grad(value)({"hidden": seen.outputs.hidden, "taps": seen.outputs.taps}, name)
+            return sum((jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(slopes)), jnp.float32(0))
 
-    def emphasised(self, factors: Mapping[str, Array], squares: Mapping[str, Array], known: Known) -> dict[str, Array]:
+        return {name: square(name) for name in factors}
+
+    def _emphasised(self, factors: Mapping[str, Array], squares: Mapping[str, Array], known: Known) -> dict[str, Array]:
         """The factors by which every term's gradient has the size that its weight says."""
         weights = {name: jnp.float32(at_step(self.terms[name].weight, known.step)) for name in factors}
         # A term without weight is reported, and a term without gradient has none to be made larger.

@@ -127,44 +127,29 @@ def make_train_step(
 
     def train_step(state, frozen, teacher_params, batch):
         known = objective.known(batch, state.step)
-        averaged = objective.averaged(batch)
 
         def seen(params: Params, rows: Batch) -> Seen:
             return _forward(student, teacher, params, frozen, teacher_params, rows)
 
-        def means_of(params: Params, rows: Batch, seen: Seen):
-            return objective.means(seen, rows, params["objective"], known)
+        def squares(models: Seen, rows: Batch, shares):
+            return objective.squared_gradients(models, rows, state.params["objective"], known, shares)
 
-        def squares(params: Params, rows: Batch, seen: Seen, factors):
-            fixed = jax.lax.stop_gradient((seen, params["objective"], factors))
-            return objective.squared_gradients(fixed[0], rows, fixed[1], known, fixed[2])
-
-        def counted(rows: Batch):
-            return objective.counted(means_of(state.params, rows, seen(state.params, rows))[1], rows)
-
-        factors = None
-        if accumulate > 1 and averaged:
+        whole = None
+        if accumulate > 1 and objective.averaged(batch):
             # What is known of the whole batch only is found in passes over all micro-batches before the first gradient.
-            shares = factors = objective.factors(_accumulated(counted, batch, accumulate, layout), batch, known)
-            if weighting != "fixed":
-                sizes = _accumulated(
-                    lambda rows: squares(state.params, rows, seen(state.params, rows), shares),
-                    batch,
-                    accumulate,
-                    layout,
-                )
-                factors = objective.emphasised(shares, sizes, known)
+            def summed(micro: Callable[[Seen, Batch], Any]) -> Any:
+                return _accumulated(lambda rows: micro(seen(state.params, rows), rows), batch, accumulate, layout)
+
+            counts = summed(lambda models, rows: objective.counted(models, rows, state.params["objective"], known))
+            whole = objective.factors(
+                counts, batch, known, lambda shares: summed(lambda models, rows: squares(models, rows, shares))
+            )
 
         def loss_of(params: Params, rows: Batch):
             models = seen(params, rows)
-            loss, means = means_of(params, rows, models)
-            scaled = factors
-            if scaled is None:
-                scaled = objective.factors(means, rows, known)
-                if weighting != "fixed":
-                    scaled = objective.emphasised(scaled, squares(params, rows, models, scaled), known)
-            trained = (name for name, term in averaged.items() if callable(term.weight) or term.weight != 0)
-            return loss + sum((scaled[name] * means[name].total).sum() for name in trained), means
+            loss, means = objective.means(models, rows, params["objective"], known)
+            factors = whole or objective.factors(means, rows, known, lambda shares: squares(models, rows, shares))
+            return loss + objective.total(means, factors), means
 
         def gradients(rows: Batch):
             (loss, means), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rows)

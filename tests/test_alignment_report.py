@@ -28,7 +28,8 @@ def paths(tmp_path_factory):
 
 
 def view_of(paths, student: str, teacher: str, text: str | None = TEXT, **settings) -> AlignedView:
-    return inspect_alignment(AlignmentConfig(text=text, student=paths[student], teacher=paths[teacher], **settings))
+    given = {"append_eos": False} | settings
+    return inspect_alignment(AlignmentConfig(text=text, student=paths[student], teacher=paths[teacher], **given))
 
 
 def lines(text: str) -> list[str]:

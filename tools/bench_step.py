@@ -1,5 +1,6 @@
-"""Time and memory of one distillation step: our chunked head against full logits, and against the matmul floor; and of
-approximate likelihood matching (ALM) against forward KL, both with the chunked head.
+"""Time and memory of one distillation step: our chunked head against full logits, and against the matmul floor; of
+approximate likelihood matching (ALM) against forward KL, both with the chunked head; and of two terms that are weighed
+by their gradients against the same with fixed weights.
 
     python tools/bench_step.py                     # both vocabularies, huge pages on and off, about 6 minutes
     python tools/bench_step.py --vocabularies 131072 --repeats 7
@@ -66,7 +67,9 @@ def report(pages: str, result: dict[str, Any]) -> None:
             f"{seconds[name] / result['floor']:>9.2f}{temporary[name]:>10.0f}"
             f"{temporary[name] / temporary['plain']:>9.3f}{temporary[name] - temporary['without loss']:>9.0f}"
         )
-    print(f"alm / chunked: {seconds['alm'] / seconds['chunked']:.2f}   first losses: {result['losses']}")
+    for one, other in (("alm", "chunked"), ("magnitudes", "two terms")):
+        print(f"{one} / {other}: {seconds[one] / seconds[other]:.3f}")
+    print(f"first losses: {result['losses']}")
 
 
 def measure(bench: Bench, vocab: int) -> dict[str, Any]:
@@ -178,6 +181,8 @@ class _Work:
 
         from jaxdistill.losses.aligned import Ends
         from jaxdistill.losses.alm import ALM
+        from jaxdistill.losses.terms import CrossEntropy
+        from jaxdistill.objective import Weighting
         from jaxdistill.step import make_train_step
         from jaxdistill.types import PairedBatch
 
@@ -188,21 +193,28 @@ class _Work:
             return state, metrics["loss"]
 
         ids = np.arange(self.student.vocab) % 3 == 0
-        matching = make_train_step(
-            self.student_apply,
-            self.teacher_apply,
-            {"alm": ALM()},
-            self.optimizer,
-            chunk=chunk,
-            ends={"alm": Ends(ids, ids)},
-        )
 
-        def alm(state, teacher, rows):
-            # The same rows for both models, each token a chunk of its own: what is compared is what a step costs.
-            chunks = 1 + rows.positions
-            pairs = PairedBatch(**vars(rows), chunks=chunks, teacher=rows, teacher_chunks=chunks)
-            state, metrics = matching(state, {}, teacher, pairs)
-            return state, metrics["loss"]
+        def across(terms, weighting: Weighting = "fixed"):
+            matching = make_train_step(
+                self.student_apply,
+                self.teacher_apply,
+                terms,
+                self.optimizer,
+                chunk=chunk,
+                ends={"alm": Ends(ids, ids)},
+                weighting=weighting,
+            )
+
+            def step(state, teacher, rows):
+                # The same rows for both models, each token a chunk of its own: what is compared is what a step costs.
+                chunks = 1 + rows.positions
+                pairs = PairedBatch(**vars(rows), chunks=chunks, teacher=rows, teacher_chunks=chunks)
+                state, metrics = matching(state, {}, teacher, pairs)
+                return state, metrics["loss"]
+
+            return step
+
+        two = {"alm": ALM(), "cross_entropy": CrossEntropy()}
 
         def with_loss(loss_of):
             def step(state, teacher, rows):
@@ -224,7 +236,9 @@ class _Work:
         return {
             "plain": with_loss(plain),
             "chunked": chunked,
-            "alm": alm,
+            "alm": across({"alm": ALM()}),
+            "two terms": across(two),
+            "magnitudes": across(two, "gradient_magnitude"),
             "without loss": with_loss(lambda student, teacher: jnp.square(student.hidden).mean()),
         }
 

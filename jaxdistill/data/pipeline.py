@@ -15,7 +15,7 @@ from jaxdistill.data.paths import source_at
 from jaxdistill.data.shards import DocumentStreams, RowSettings, VirtualShard, documents_and_rows
 from jaxdistill.data.sources import ArrayRecord, Concatenated, JsonLines, Parquet, PlainText
 from jaxdistill.data.tfds_source import Tfds, TfdsDirectory
-from jaxdistill.data.tokenize import TEMPLATE_DATE
+from jaxdistill.data.tokenize import TEMPLATE_DATE, appends_eos
 from jaxdistill.tokenizers.base import Tokenizer
 
 AnySource = JsonLines | PlainText | Parquet | ArrayRecord | Concatenated | Tfds | TfdsDirectory
@@ -143,9 +143,7 @@ def make_loader(
         mixture = config.sources
     else:
         raise ValueError("no data: give DataConfig.path (a file or directory) or DataConfig.sources.")
-    append_eos = config.append_eos
-    if append_eos is None:
-        append_eos = any(each is not None and each.special.eos is not None for each in (tokenizer, teacher_tokenizer))
+    append_eos = appends_eos(config.append_eos, tokenizer, teacher_tokenizer)
     tokenize, kind = documents_and_rows(
         tokenizer,
         teacher_tokenizer,

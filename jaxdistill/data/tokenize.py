@@ -36,6 +36,13 @@ class Tokenized:
         return len(self.ids)
 
 
+def appends_eos(choice: bool | None, *tokenizers: Tokenizer | None) -> bool:
+    """Whether plain texts get an end-of-text token: as chosen, or else where any of the tokenizers has one."""
+    if choice is not None:
+        return choice
+    return any(tokenizer is not None and tokenizer.special.eos is not None for tokenizer in tokenizers)
+
+
 class DocumentTokenizer:
     """Turns records into `Tokenized` documents.
 
@@ -88,7 +95,7 @@ class DocumentTokenizer:
         if not len(prompt.ids) and self._bos is None:
             raise DataError(
                 "a record has an empty 'prompt', so nothing precedes the first token of its completion. Give a "
-                "prompt, or set prepend_bos."
+                "prompt, or begin texts with a token (prepend_bos, where every tokenizer has one)."
             )
         if not len(completion.ids):
             raise DataError("a record has an empty 'completion'; give at least one character, or remove the record.")

@@ -10,7 +10,7 @@ from jaxdistill.checkpoint.open import has_model, open_model
 from jaxdistill.data.aligned import AlignedTokenizer
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.sources import CONVERSATION, Record
-from jaxdistill.data.tokenize import is_pair
+from jaxdistill.data.tokenize import appends_eos, is_pair
 from jaxdistill.evaluate import Scoring, excerpts
 from jaxdistill.evaluate.alignment import AlignedView, Side, aligned_view
 from jaxdistill.jobs.stage import stage, whole_machine
@@ -34,9 +34,11 @@ class AlignmentConfig:
     field: str = "text"
     bytes_per_document: int | None = 1000
     prepend_bos: bool = False
-    append_eos: bool = False
+    append_eos: bool | None = None
     chunks: Chunks = "minimal"
     merge_threshold: float | None = 0.1
+    temperature: float = 100.0
+    white_space: tuple[str, ...] = (" ", "\t", "\n")
     activations: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
@@ -53,12 +55,15 @@ class AlignmentConfig:
 
 def inspect_alignment(config: AlignmentConfig) -> AlignedView:
     """Aligns the text and, on the sides that are models, scores it. Models are opened when all else is in order."""
-    term = ALM(merge_threshold=config.merge_threshold)
+    term = ALM(merge_threshold=config.merge_threshold, temperature=config.temperature, white_space=config.white_space)
     paths = (config.student, config.teacher)
-    record, field = _record(config)
+    record, field, whole = _record(config)
     tokenizers = [load_tokenizer(path) for path in paths]
     align = AlignedTokenizer(
-        *tokenizers, prepend_bos=config.prepend_bos, append_eos=config.append_eos, chunks=config.chunks
+        *tokenizers,
+        prepend_bos=config.prepend_bos,
+        append_eos=(whole or bool(config.append_eos)) and appends_eos(config.append_eos, *tokenizers),
+        chunks=config.chunks,
     )
     [document] = align([record], [field])
     for path, tokens in zip(paths, (document.student, document.teacher), strict=True):
@@ -76,10 +81,10 @@ def inspect_alignment(config: AlignmentConfig) -> AlignedView:
     return aligned_view(document, *sides, term=term, scoring=scoring)
 
 
-def _record(config: AlignmentConfig) -> tuple[Record, str]:
-    """What is looked at, and where it keeps plain text."""
+def _record(config: AlignmentConfig) -> tuple[Record, str, bool]:
+    """What is looked at, where it keeps plain text, and whether it is whole."""
     if config.text is not None:
-        return {"text": config.text}, "text"
+        return {"text": config.text}, "text", True
     assert config.file is not None
     source = source_at(config.file, field=config.field)
     records = source.open()
@@ -87,8 +92,7 @@ def _record(config: AlignmentConfig) -> tuple[Record, str]:
         raise ValueError(f"record is {config.record} and {config.file} has {len(records)}; they are counted from 0.")
     record = records[config.record]
     if config.bytes_per_document is None or CONVERSATION in record or is_pair(record):
-        return record, source.field
-    size = config.bytes_per_document
-    return {
-        source.field: "".join(excerpts([record[source.field]], total_bytes=size, document_bytes=size))
-    }, source.field
+        return record, source.field, True
+    size, text = config.bytes_per_document, record[source.field]
+    beginning = "".join(excerpts([text], total_bytes=size, document_bytes=size))
+    return {source.field: beginning}, source.field, beginning == text

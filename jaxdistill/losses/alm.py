@@ -33,7 +33,7 @@ Divergence = Literal[
 q = exp(s / temperature). "binary_kl": KL of (p, 1 - p) from (q, 1 - q); "binary_cross_entropy" is larger by the
 teacher's entropy, with the same gradient; "reverse_binary_kl": the two exchanged; "temperature_limit": temperature
 times "binary_kl" as the temperature grows; "absolute": |t - s|; "absolute_probability": |p - q|; "k2": r² / 2 and "k3":
-exp(r) - 1 - r of r = (t - s) / temperature."""
+exp(r) - 1 - r of r = (t - s) / temperature; that is infinite where r exceeds 88, at low temperatures."""
 
 Denominator = Literal["groups", "chunks", "teacher_tokens"]
 
@@ -63,9 +63,7 @@ class EndsChunk(Term):
     ids: np.ndarray
 
     def __call__(self, student, teacher, at, parameters):
-        chosen = student.part(self.ids)
-        own = dataclasses.replace(student, local=jnp.where(chosen, student.local, -jnp.inf)).log_normalizer()
-        return own - student.log_normalizer()
+        return student.log_share(self.ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

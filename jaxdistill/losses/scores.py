@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+SMALLEST_SHARE = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Scores:
     def log_normalizer(self) -> Float[Array, "position"]:
         """log Σ exp(score)."""
         return _log_normalizer(self.local, self.axes)
+
+    def log_share(self, chosen: Bool[Array, "vocab"] | np.ndarray) -> Float[Array, "position"]:
+        """log Σ probability of the chosen ids, bool [vocab]; ids beyond its end are not chosen. Smaller shares than
+        `SMALLEST_SHARE` are that, and without gradient: float32 could not tell them from 0."""
+        return _log_share(self.local, self.part(chosen), self.axes)
 
     def log_probs(self) -> Float[Array, "position vocab_shard"]:
         """Log-probabilities of this shard's ids."""
@@ -111,11 +119,15 @@ def _all_gather(x: Array, axes: tuple[str, ...]) -> Array:
     return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True, to="invarying")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _log_normalizer(local: Float[Array, "position vocab_shard"], axes: tuple[str, ...]) -> Float[Array, "position"]:
+def _peak(local: Float[Array, "position vocab_shard"], axes: tuple[str, ...]) -> Float[Array, "position"]:
     peak = _pmax(local.max(-1), axes)
     # A position whose scores are all -inf has no distribution; 0 keeps exp(-inf - -inf) from making NaN here.
-    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    return jnp.where(jnp.isfinite(peak), peak, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _log_normalizer(local: Float[Array, "position vocab_shard"], axes: tuple[str, ...]) -> Float[Array, "position"]:
+    peak = _peak(local, axes)
     return peak + jnp.log(_psum(jnp.exp(local - peak[:, None]).sum(-1), axes))
 
 
@@ -131,3 +143,32 @@ def _log_normalizer_backward(axes, saved, cotangent):
 
 
 _log_normalizer.defvjp(_log_normalizer_forward, _log_normalizer_backward)
+
+
+# As expressions the exponentials here are those of `_log_normalizer` and its gradient: a program that needs both makes
+# them once.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _log_share(
+    local: Float[Array, "position vocab_shard"], chosen: Bool[Array, "vocab_shard"], axes: tuple[str, ...]
+) -> Float[Array, "position"]:
+    peak = _peak(local, axes)
+    some = _psum(jnp.where(chosen, jnp.exp(local - peak[:, None]), 0.0).sum(-1), axes)
+    normalizer = _log_normalizer(local, axes)
+    return jnp.maximum(jnp.log(some) + peak - normalizer, math.log(SMALLEST_SHARE))
+
+
+def _log_share_forward(local, chosen, axes):
+    value = _log_share(local, chosen, axes)
+    return value, (local, chosen, _log_normalizer(local, axes), value)
+
+
+def _log_share_backward(axes, saved, cotangent):
+    local, chosen, normalizer, value = saved
+    kept = jnp.where(value > math.log(SMALLEST_SHARE), cotangent, 0.0)
+    factor = jnp.where(chosen, jnp.exp(-value)[:, None] - 1, -1.0)
+    return kept[:, None] * factor * jnp.exp(local - normalizer[:, None]), None
+
+
+_log_share.defvjp(_log_share_forward, _log_share_backward)

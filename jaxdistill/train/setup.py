@@ -374,7 +374,8 @@ class Programs:
         self.held_out_terms = held_out_terms(config, with_teacher=teacher is not None)
         self._teacher_vocab = None if teacher is None else teacher.config.vocab
         ends = {} if teacher is None else ends_of_chunks(self.terms, student.tokenizer, teacher.tokenizer)
-        self.chunk = config.chunk or default_chunk(student.config.vocab // places.student.split("vocab"))
+        heads = [(student.config, places.student)] + ([(teacher.config, places.teacher)] if teacher else [])
+        self.chunk = config.chunk or default_chunk(max(shape.vocab // at.split("vocab") for shape, at in heads))
         self._places, self._vocab = places, student.config.vocab
         forward = functools.partial(
             _apply_student, student.config, student.lora, layout=places.student, execution=config.student.execution

@@ -85,13 +85,13 @@ def test_texts_come_from_files(capsys, paths, tmp_path):
         printed = run(capsys, paths, "--file", tmp_path / name, *arguments, student="byte_level", teacher="bytes")
         return printed.splitlines()[0].removeprefix("student").strip()
 
-    # Three bytes are one of a character of two; it is left out.
+    # Three bytes are one of a character of two; it is left out. A text that goes on has no end.
     assert shown("a.txt", "--bytes-per-document", 3) == "(n)[a]"
-    assert shown("a.txt", "--bytes-per-document", "None") == r"(n)[a][\xc3][\xaf][v][e][·fox]"
-    assert shown("a.jsonl", "--field", "body") == "(the)  [·fox]"
-    assert shown("a.jsonl", "--field", "body", "--record", 2) == "(i)[s][·i] [t]"
+    assert shown("a.txt", "--bytes-per-document", "None") == r"(n)[a][\xc3][\xaf][v][e][·fox]   [<|endoftext|>]"
+    assert shown("a.jsonl", "--field", "body") == "(the)  [·fox]   [<|endoftext|>]"
+    assert shown("a.jsonl", "--field", "body", "--record", 2) == "(i)[s][·i] [t][<|endoftext|>]"
     # A pair is never cut, and its prompt not compared.
-    assert shown("a.jsonl", "--field", "body", "--record", 1, "--bytes-per-document", 1) == "(i)(s)[·i] [t]"
+    assert shown("a.jsonl", "--field", "body", "--record", 1, "--bytes-per-document", 1) == "(i)(s)[·i] [t][<|endoftext|>]"
 
 
 def test_a_record_that_is_not_there_is_refused(capsys, tmp_path):

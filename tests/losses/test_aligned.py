@@ -108,6 +108,23 @@ def test_no_array_of_all_positions_by_vocabulary_exists():
     assert max(sizes) <= VOCAB * EMBED, "only a head may be larger than a chunk of scores"
 
 
+def test_memory_grows_with_the_length_not_with_its_square():
+    """Of the loss and its gradient, from hidden states on; matrices of chunks by positions would take 64 times."""
+
+    def temporary(length: int) -> int:
+        def resized(x):
+            return jax.ShapeDtypeStruct((1, length, *x.shape[2:]), x.dtype)
+
+        learned, teacher, batch = example()
+        learned = learned | {"hidden": resized(learned["hidden"])}
+        teacher = dataclasses.replace(teacher, hidden=resized(teacher.hidden))
+        gradient = jax.jit(jax.grad(lambda *given: loss_of(*given, chunk=32)[0]))
+        program = gradient.lower(learned, teacher, jax.tree.map(resized, batch)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) < 1.1 * 8 * temporary(1024)
+
+
 def test_equal_models_on_equal_tokens_have_no_loss():
     """Where both sides are one tokenizer: chunks of one token, and nothing to learn."""
     learned, _, batch = example()

@@ -42,9 +42,14 @@ def random_scores(seed: int = 0, scale: float = 3.0) -> np.ndarray:
 
 
 IDS = jnp.asarray([0, 31, 7, 8, 20])
+CHOSEN = np.arange(VOCAB - 2) % 3 == 0  # not to the end: ids beyond it are not chosen
 AT = Positions(targets=IDS, step=jnp.int32(0))
 REDUCTIONS = {
     "log_normalizer": (lambda s: s.log_normalizer(), lambda x: np.log(np.exp(x).sum(-1))),
+    "log_share": (
+        lambda s: s.log_share(CHOSEN),
+        lambda x: np.log(np.exp(x)[:, :-2][:, CHOSEN].sum(-1) / np.exp(x).sum(-1)),
+    ),
     "take": (lambda s: s.take(IDS), lambda x: x[np.arange(POSITIONS), np.asarray(IDS)]),
     "max": (lambda s: s.max(), lambda x: x.max(-1)),
     "argmax": (lambda s: s.argmax(), lambda x: x.argmax(-1)),
@@ -79,6 +84,24 @@ def test_the_normalizers_gradient_is_the_softmax(place):
     gradient = jax.grad(lambda x: (place(lambda s: s.log_normalizer(), x) * weights).sum())(jnp.asarray(x))
     softmax = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
     np.testing.assert_allclose(gradient, softmax * weights[:, None], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("place", [whole, split])
+def test_the_gradient_of_a_share(place):
+    """The softmax among the chosen less the softmax of all; none where the share is too small to have one."""
+    x = random_scores(1)
+    x[0, np.flatnonzero(CHOSEN)] -= 200.0
+    x[1, np.flatnonzero(CHOSEN)] -= 40.0
+    weights = np.arange(1.0, POSITIONS + 1)
+    value, gradient = jax.value_and_grad(lambda x: (place(lambda s: s.log_share(CHOSEN), x) * weights).sum())(
+        jnp.asarray(x)
+    )
+    assert np.isfinite(value)
+    exponentials = np.exp(x.astype(np.float64))
+    among = np.where(np.append(CHOSEN, [False, False]), exponentials, 0.0)
+    expected = among / among.sum(-1, keepdims=True) - exponentials / exponentials.sum(-1, keepdims=True)
+    expected[0] = 0.0
+    np.testing.assert_allclose(gradient, expected * weights[:, None], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", [whole, split])
