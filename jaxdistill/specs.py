@@ -31,11 +31,51 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): dimensions that turn at most `beta_slow` times in the original context are divided by
+    `factor`, those that turn at least `beta_fast` times are kept, with a ramp between, from whole dimension to whole
+    dimension if `truncate`. attention_factor: what scores' two sides are multiplied by."""
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """LongRoPE (arXiv 2402.13753): a divisor of each frequency, one set for rows of up to `original_length` tokens and
+    one for longer ones. attention_factor: what scores' two sides are multiplied by."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_length: int
+    attention_factor: float
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary position embedding in the half-rotation layout (the one of Hugging Face checkpoints)."""
 
     theta: float = 10_000.0
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: Scaling | None = None
+    fraction: float = 1.0
+    """The share of a head's dimensions that turns, the first ones; the others do not."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norm:
+    """What every norm of a model over its channels is: x ÷ its root mean square (its standard deviation after the mean
+    is taken off), times scale (1 + scale, where models keep the difference from 1), plus a bias."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    one_plus: bool = False
+    bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +88,16 @@ class Attention:
     bias: bool = False
     """A bias on query, key and value."""
     output_bias: bool = False
-    rope: Rope = dataclasses.field(default_factory=Rope)
+    rope: Rope | None = dataclasses.field(default_factory=Rope)
+    """None: positions are not told apart but by what may be seen."""
+    qk_norm: Literal["head", "all"] | None = None
+    """A norm of query and key before rotation: of every head by itself, or of all heads together."""
+    window: int | None = None
+    """A token sees so many tokens, itself the last of them; None is all of its segment up to itself."""
+    scale: float | None = None
+    """What scores are multiplied by; None is head_dim ** -0.5."""
+    soft_cap: float | None = None
+    """Scores become cap * tanh(scores / cap)."""
 
     def __post_init__(self):
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -66,6 +115,15 @@ class GatedMLP:
 
     mlp: int
     activation: Activation = "silu"
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainMLP:
+    """`down(activation(up(x)))`."""
+
+    mlp: int
+    activation: Activation
     bias: bool = False
 
 
@@ -89,15 +147,25 @@ class MixtureOfExperts:
             )
 
 
-FFN = GatedMLP | MixtureOfExperts
+FFN = GatedMLP | PlainMLP | MixtureOfExperts
+NormPlaces = Literal["pre", "post", "both"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One block: a mixer and an ffn, each with its own pre-norm. Layers of a pruned model may differ."""
+    """One block: a mixer and an ffn, each with norms of its own. Layers of a pruned model may differ."""
 
     mixer: Attention
     ffn: FFN
+    norms: NormPlaces = "pre"
+    """Where mixer and ffn have a norm: of what they read, of what they add to the residual stream, or both."""
+
+    @property
+    def stored(self) -> LayerSpec:
+        """This layer without what no parameter's shape tells: layers with the same are kept in one stack."""
+        return dataclasses.replace(
+            self, mixer=dataclasses.replace(self.mixer, rope=None, window=None, scale=None, soft_cap=None)
+        )
 
     @property
     def widths(self) -> dict[str, int]:
@@ -148,6 +216,11 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     max_length: int = 2048
     """The longest context that the model was trained for, in tokens."""
+    norm: Norm = dataclasses.field(default_factory=Norm)
+    embed_scale: float = 1.0
+    """What embeddings are multiplied by where they enter the first layer."""
+    soft_cap: float | None = None
+    """The head's scores become cap * tanh(scores / cap)."""
     suffixes: SuffixTable | None = None
 
     def __post_init__(self):
@@ -159,8 +232,10 @@ class ModelConfig:
 
     @property
     def segments(self) -> tuple[tuple[int, LayerSpec], ...]:
-        """Runs of equal layers as (run length, spec): what is scanned, and how train state stacks its layers."""
-        return tuple((len(list(run)), spec) for spec, run in itertools.groupby(self.layers))
+        """Runs of layers whose parameters have the same shapes, as (run length, spec of the first): how layers are
+        stacked. Windows and rotary embeddings may differ within one."""
+        runs = (list(run) for _, run in itertools.groupby(self.layers, key=lambda spec: spec.stored))
+        return tuple((len(run), run[0]) for run in runs)
 
     @property
     def width_axes(self) -> tuple[str, ...]:
@@ -169,4 +244,5 @@ class ModelConfig:
 
     @property
     def homogeneous(self) -> bool:
+        """Whether all layers' parameters have the same shapes."""
         return len(self.segments) == 1

@@ -179,13 +179,15 @@ def _from_first_process(name: str) -> str:
 
 
 def _config_to_json(config: ModelConfig) -> dict[str, Any]:
-    """Equal layers in a row are written once; the runs are the segments of the stacked arrays."""
-    runs = [{"repeat": size, "layer": to_dict(layer)} for size, layer in config.segments]
-    return to_dict(config) | {"layers": runs}
+    """Equal layers in a row are written once; "segments" are the lengths of the stacked arrays."""
+    runs = [{"repeat": len(list(run)), "layer": to_dict(layer)} for layer, run in itertools.groupby(config.layers)]
+    return to_dict(config) | {"layers": runs, "segments": [size for size, _ in config.segments]}
 
 
 def _config_from_json(document: Mapping[str, Any]) -> tuple[ModelConfig, tuple[int, ...]]:
-    sizes = tuple(run["repeat"] for run in document["layers"])
+    document = dict(document)
+    # Without them every run of equal layers is a segment.
+    sizes = tuple(document.pop("segments", [run["repeat"] for run in document["layers"]]))
     layers = [run["layer"] for run in document["layers"] for _ in range(run["repeat"])]
     return from_dict(ModelConfig, {**document, "layers": layers}), sizes
 

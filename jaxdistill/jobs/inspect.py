@@ -16,7 +16,7 @@ from jaxdistill.models.families.family import axis_sizes
 from jaxdistill.models.load import open_checkpoint
 from jaxdistill.models.schema import count_parameters, param_axes, schema
 from jaxdistill.partition import names
-from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
+from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig, PlainMLP
 from jaxdistill.tokenizers import Tokenizer, TokenizerError, load_tokenizer
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
@@ -82,17 +82,22 @@ def _axes(axes: Sequence[str | None]) -> str:
 def _layer_facts(config: ModelConfig) -> Iterable[tuple[str, str]]:
     yield "layers", f"{len(config.layers)}" + ("" if config.homogeneous else f" in {len(config.segments)} segments")
     start = 0
-    for size, spec in config.segments:
-        title = "  each" if config.homogeneous else f"  {start}-{start + size - 1}"
-        yield title, _layer(spec)
+    for size, _ in config.segments:
+        kinds = Counter(config.layers[start : start + size])
+        for spec, count in kinds.items():
+            title = "  each" if config.homogeneous else f"  {start}-{start + size - 1}"
+            yield title if len(kinds) == 1 else f"{title}, {count} of them", _layer(spec)
         start += size
 
 
 def _layer(spec: LayerSpec) -> str:
     mixer, ffn = spec.mixer, spec.ffn
     heads = f"{mixer.heads} heads of {mixer.head_dim}, {mixer.kv_heads} key-value heads"
+    rope = "no rope" if mixer.rope is None else f"rope theta {mixer.rope.theta:g}"
+    window = "" if mixer.window is None else f", window {mixer.window:,}"
     of_each = f"{ffn.experts_per_token} of {ffn.experts} experts, each " if isinstance(ffn, MixtureOfExperts) else ""
-    return f"attention {heads}, rope theta {mixer.rope.theta:g}; {of_each}{ffn.activation} gated mlp {ffn.mlp:,}"
+    gated = "" if isinstance(ffn, PlainMLP) else "gated "
+    return f"attention {heads}, {rope}{window}; {of_each}{ffn.activation} {gated}mlp {ffn.mlp:,}"
 
 
 def _tokenizer_facts(path: str) -> Iterable[tuple[str, str]]:

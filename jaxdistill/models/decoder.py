@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -17,9 +18,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.models.attention import RopeTable, attend, causal_attention, query_block, rope_table
+from jaxdistill.models.attention import RopeTable, Scoring, attend, causal_attention, query_block, rope_table
 from jaxdistill.models.embedding import look_up
-from jaxdistill.models.modules import Attend, Block, Context, RMSNorm
+from jaxdistill.models.modules import Attend, Block, Context, stream_norm
 from jaxdistill.models.schema import segment_bounds
 from jaxdistill.models.suffixes import NONE, WINDOW, longest_suffixes
 from jaxdistill.sharding import Layout
@@ -124,21 +125,29 @@ def apply(
     taps, gates = dict(taps or {}), dict(gates or {})
     _check_taps(config, taps)
     _check_gates(config, gates)
-    context = _context(config, rows, _row_attention(rows, layout), layout, execution)
+    context = _context(config, rows, _row_attention(rows, layout), layout, execution, length=rows.tokens.shape[1])
     mask = (rows.segment_ids > 0).astype(jnp.float32)
     suffixes = None if config.suffixes is None else _suffixes(config, params, rows.tokens, rows.segment_ids)
-    x = _embed(params, rows.tokens, suffixes, layout, execution)
+    x = _embed(config, params, rows.tokens, suffixes, layout, execution)
     seen: dict[str, list[Any]] = {name: [] for name in taps}
-    for first, last, spec, layers in _runs(config, params, taps, gates):
-        active = {name: tap for name, tap in taps.items() if _taps_layer(tap, first)}
+    for run in _tapped_runs(config, taps):
+        active = {name: tap for name, tap in taps.items() if _taps_layer(tap, run.first)}
 
-        def body(x: Array, layer: tuple[Params, Any], spec=spec, active=active) -> tuple[Array, dict[str, Any]]:
-            parameters, factors = layer
+        def layer(spec: LayerSpec, x: Array, parameters: Params, factors: Any, active=active) -> tuple[Array, Any]:
             x, points = _merge(spec, config, parameters)(x, dataclasses.replace(context, gates=factors))
             return x, {name: tap.reduce({p: points[p] for p in tap.points}, mask) for name, tap in active.items()}
 
-        x, results = jax.lax.scan(_rematerialised(body, execution.remat), x, layers, length=last - first)
-        for name, result in results.items():
+        def period(x: Array, layers: tuple[Params, Any], run=run, layer=layer) -> tuple[Array, Any]:
+            results = []
+            for place, spec in enumerate(run.specs):
+                here = jax.tree.map(lambda leaf, at=place: leaf[at], layers)
+                x, result = _rematerialised(functools.partial(layer, spec), execution.remat)(x, *here)
+                results.append(result)
+            return x, jax.tree.map(lambda *each: jnp.stack(each), *results)
+
+        stacked = params["segments"][run.segment], dict(gates.get(run.segment, {}))
+        x, results = jax.lax.scan(period, x, run.of(stacked), length=run.repeats)
+        for name, result in jax.tree.map(run.in_a_row, results).items():
             seen[name].append(result)
     hidden = _finish(config, params, x, layout, execution)
     return Outputs(hidden=hidden, head=head_of(config, params), taps={n: _concatenate(n, r) for n, r in seen.items()})
@@ -187,7 +196,9 @@ def apply_cached(
     start = cache.used
     segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, rows.segment_ids.astype(jnp.int32), (0, start))
 
-    def attend_cached(query: Array, key: Array, value: Array, keys: Array, values: Array, layer: Array):
+    def attend_cached(
+        scoring: Scoring, keys: Array, values: Array, layer: Array, query: Array, key: Array, value: Array
+    ):
         def write(memory: Array, new: Array) -> Array:
             new = new.transpose(0, 2, 1, 3)[None].astype(memory.dtype)
             return jax.lax.dynamic_update_slice(memory, new, (layer, 0, 0, start, 0))
@@ -197,6 +208,7 @@ def apply_cached(
             query,
             jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False),
             jax.lax.dynamic_index_in_dim(values, layer, keepdims=False),
+            scoring=scoring,
             query_segments=rows.segment_ids,
             key_segments=segment_ids,
             query_offset=start,
@@ -208,21 +220,29 @@ def apply_cached(
         recent = jnp.concatenate([cache.recent, jnp.stack([rows.tokens, rows.segment_ids])], axis=-1)
         suffixes = _suffixes(config, params, *recent)[:, WINDOW:]
         recent = recent[..., -WINDOW:]
-    x = _embed(params, rows.tokens, suffixes, layout, execution)
-    new_keys, new_values = {}, {}
-    for name, (size, spec) in zip(params["segments"], config.segments, strict=True):
+    x = _embed(config, params, rows.tokens, suffixes, layout, execution)
+    # Rows as long as the cache may become: what a prompt is rotated by must not change on the way.
+    context = _context(config, rows, lambda scoring: None, layout, execution, length=cache.segment_ids.shape[1])
+    new_keys, new_values = dict(cache.keys), dict(cache.values)
+    for run in _tapped_runs(config, {}):
 
-        def body(carry, layer_and_index, spec=spec):
+        def period(carry, layers_and_indices, run=run):
             x, keys, values = carry
-            layer, index = layer_and_index
-            attend_here = functools.partial(attend_cached, keys=keys, values=values, layer=index)
-            context = _context(config, rows, attend_here, layout, execution)
-            x, points = _merge(spec, config, layer)(x, context)
-            return (x, *points["memory"]), None
+            layers, indices = layers_and_indices
+            for place, spec in enumerate(run.specs):
+                here = jax.tree.map(lambda leaf, at=place: leaf[at], layers)
 
-        carry = (x, cache.keys[name], cache.values[name])
-        carry, _ = jax.lax.scan(body, carry, (params["segments"][name], jnp.arange(size)))
-        x, new_keys[name], new_values[name] = carry
+                def attend_here(scoring: Scoring, keys=keys, values=values, index=indices[place]) -> Attend:
+                    return functools.partial(attend_cached, scoring, keys, values, index)
+
+                x, points = _merge(spec, config, here)(x, dataclasses.replace(context, attend=attend_here))
+                keys, values = points["memory"]
+            return (x, keys, values), None
+
+        name, indices = run.segment, jnp.arange(run.offset, run.offset + run.repeats * len(run.specs))
+        carry = (x, new_keys[name], new_values[name])
+        given = run.of(params["segments"][name]), indices.reshape(run.repeats, len(run.specs))
+        (x, new_keys[name], new_values[name]), _ = jax.lax.scan(period, carry, given)
     hidden = _finish(config, params, x, layout, execution)
     used = start + rows.tokens.shape[1]
     return Outputs(hidden=hidden, head=head_of(config, params)), Cache(new_keys, new_values, segment_ids, used, recent)
@@ -230,7 +250,7 @@ def apply_cached(
 
 def head_of(config: ModelConfig, params: Params) -> Head:
     """The output head: the embedding table itself when tied. Kept in the parameters' dtype."""
-    return Head(kernel=params["embedding" if config.tied else "head"]["kernel"])
+    return Head(kernel=params["embedding" if config.tied else "head"]["kernel"], soft_cap=config.soft_cap)
 
 
 def scores(hidden: Float[Array, "... embed"], head: Head) -> Float[Array, "... vocab"]:
@@ -242,38 +262,46 @@ def scores(hidden: Float[Array, "... embed"], head: Head) -> Float[Array, "... v
     return values if head.soft_cap is None else head.soft_cap * jnp.tanh(values / head.soft_cap)
 
 
-def _context(config: ModelConfig, rows: TokenRows, attend: Attend, layout: Layout, execution: Execution) -> Context:
-    """Rotary tables are made here, once per distinct rope, outside the layer scans."""
-    ropes: dict[tuple[Rope, int], RopeTable] = {}
-    for _, spec in config.segments:
-        kind = (spec.mixer.rope, spec.mixer.head_dim)
-        if kind not in ropes:
-            ropes[kind] = rope_table(*kind, rows.positions)
+def _context(
+    config: ModelConfig, rows: TokenRows, attend: Any, layout: Layout, execution: Execution, *, length: int
+) -> Context:
+    """Rotary tables are made here, once per distinct rope, outside the layer scans. length: of whole rows."""
+    kinds = {(spec.mixer.rope, spec.mixer.head_dim) for spec in config.layers}
+    ropes: dict[tuple[Rope, int], RopeTable] = {
+        (rope, head_dim): rope_table(rope, head_dim, rows.positions, length=length)
+        for rope, head_dim in kinds
+        if rope is not None
+    }
     return Context(ropes=ropes, attend=attend, layout=layout, dtype=execution.dtype)
 
 
-def _row_attention(rows: TokenRows, layout: Layout) -> Attend:
+def _row_attention(rows: TokenRows, layout: Layout) -> Callable[[Scoring], Attend]:
     length = rows.tokens.shape[1]
     # Blocks are cut out of the row: not when the row itself is spread over devices.
     block = query_block(length) if layout.split("length") == 1 else length
 
-    def attention(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        heads = causal_attention(query, key, value, rows.segment_ids, query_block=block)
+    def attention(scoring: Scoring, query: Array, key: Array, value: Array) -> tuple[Array, None]:
+        heads = causal_attention(query, key, value, rows.segment_ids, scoring=scoring, query_block=block)
         return checkpoint_name(heads, "heads"), None
 
-    return attention
+    return lambda scoring: functools.partial(attention, scoring)
 
 
 def _suffixes(config: ModelConfig, params: Params, tokens: Array, segment_ids: Array) -> Array:
     return longest_suffixes(params["suffixes"]["trie"], tokens, segment_ids, vocab=config.vocab)
 
 
-def _embed(params: Params, tokens: Array, suffixes: Array | None, layout: Layout, execution: Execution) -> Array:
+def _embed(
+    config: ModelConfig, params: Params, tokens: Array, suffixes: Array | None, layout: Layout, execution: Execution
+) -> Array:
     x = look_up(params["embedding"]["kernel"], tokens, layout=layout, dtype=execution.dtype)
     if suffixes is not None:
         table = params["suffixes"]["kernel"]
         longest = look_up(table, jnp.maximum(suffixes, 0), layout=layout, dtype=execution.dtype)
         x += jnp.where((suffixes == NONE)[..., None], 0, longest)
+    if config.embed_scale != 1.0:
+        # In the activations' type, as published models have it.
+        x *= jnp.asarray(config.embed_scale, x.dtype)
     return layout.constrain(x, ("batch", "length", None))
 
 
@@ -289,7 +317,7 @@ def _definition(spec: LayerSpec, config: ModelConfig) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _norm_definition(config: ModelConfig) -> Any:
-    return nnx.split(nnx.eval_shape(lambda: RMSNorm(config.embed, config.norm_epsilon)))[0]
+    return nnx.split(nnx.eval_shape(lambda: stream_norm(config)))[0]
 
 
 def _merge(spec: LayerSpec, config: ModelConfig, layer: Params) -> Block:
@@ -316,23 +344,55 @@ def _taps_layer(tap: Tap, layer: int) -> bool:
     return tap.layers is None or layer in tap.layers
 
 
-def _runs(config: ModelConfig, params: Params, taps: Mapping[str, Tap], gates: Gates):
-    """Maximal runs of equal layers with the same taps, as (first, past the last, spec, (stacked parameters, gates)).
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Layers that one scan goes through: a few specs in turn, `repeats` times. first: the first layer's index in the
+    model, offset: in its segment."""
+
+    segment: str
+    first: int
+    offset: int
+    specs: tuple[LayerSpec, ...]
+    repeats: int
+
+    def of(self, stacked: Any) -> Any:
+        """This run's part of a segment's leaves, [repeats, specs, ...]."""
+        stop = self.offset + self.repeats * len(self.specs)
+        return jax.tree.map(
+            lambda leaf: leaf[self.offset : stop].reshape(self.repeats, len(self.specs), *leaf.shape[1:]), stacked
+        )
+
+    def in_a_row(self, result: Array) -> Array:
+        """What was found layer by layer, [layers, ...], from [repeats, specs, ...]."""
+        return result.reshape(-1, *result.shape[2:])
+
+
+def _tapped_runs(config: ModelConfig, taps: Mapping[str, Tap]) -> Iterator[Run]:
+    """All layers in order, in runs with the same taps.
 
     A scan returns something for each of its layers; cutting segments where taps begin and end is what keeps the
     memory of a tap to the layers that it asked for, forward and backward.
     """
     for segment, (start, stop) in enumerate(segment_bounds(config)):
-        stacked = params["segments"][str(segment)], dict(gates.get(str(segment), {}))
         first = start
         for layer in range(start + 1, stop + 1):
-            same = layer < stop and all(_taps_layer(t, layer) == _taps_layer(t, first) for t in taps.values())
-            if same:
+            if layer < stop and all(_taps_layer(t, layer) == _taps_layer(t, first) for t in taps.values()):
                 continue
-            whole = (first, layer) == (start, stop)
-            part = stacked if whole else jax.tree.map(lambda p, a=first - start, b=layer - start: p[a:b], stacked)
-            yield first, layer, config.layers[first], part
-            first = layer
+            for specs, repeats in _periods(config.layers[first:layer]):
+                yield Run(str(segment), first, first - start, specs, repeats)
+                first += repeats * len(specs)
+
+
+def _periods(specs: Sequence[LayerSpec]) -> list[tuple[tuple[LayerSpec, ...], int]]:
+    """Layers as (a few specs in turn, how often): the shortest turn that all follow, and what is left of it; where they
+    follow none, runs of equal layers."""
+    turn = next(n for n in range(1, len(specs) + 1) if all(a == b for a, b in zip(specs, specs[n:], strict=False)))
+    repeats = len(specs) // turn
+    if repeats == 1 and len({*specs}) > 1:
+        runs = [list(run) for _, run in itertools.groupby(specs)]
+        return [((run[0],), len(run)) for run in runs]
+    rest = specs[repeats * turn :]
+    return [(tuple(specs[:turn]), repeats), *(_periods(rest) if rest else [])]
 
 
 def _check_taps(config: ModelConfig, taps: Mapping[str, Tap]) -> None:

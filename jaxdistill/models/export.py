@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ def write_hf(
     infos = {}
     for name, spec in schema(config).items():
         sizes = axis_sizes(spec.axes, spec.shape)
-        for tensor in family.hf_stored(name).tensors(sizes):
+        for tensor in family.hf_stored(config, name).tensors(sizes):
             infos[tensor.name] = TensorInfo(tensor.shape(sizes), kind)
     with atomic_directory(directory, replace=replace) as folder:
         write_text(folder / CONFIG_NAME, _json(fields))
@@ -73,29 +74,47 @@ def write_hf(
 
 
 def check_exportable(config: ModelConfig) -> dict[str, Any]:
-    """The config.json fields of a model's architecture; raises ConfigError if the format cannot express it."""
+    """The config.json fields of a model's architecture; raises ConfigError if the format cannot express it: what is
+    written is read again, and must be the same model."""
     if config.suffixes is not None:
         raise ConfigError(
             "this model of bytes adds the embedding of the longest token that ends at each byte to its input, which no "
             "Hugging Face architecture does. Keep it as a checkpoint of ours."
         )
-    if not config.homogeneous:
-        raise ConfigError(
-            "a Hugging Face config.json describes one kind of layer, and this model's layers differ: "
-            f"{_differences(config)}. Prune all layers to the same sizes, or keep the model as a checkpoint of ours."
-        )
     if config.family not in FAMILIES:
         raise ConfigError(f"the model's family is {config.family!r}; allowed are {', '.join(FAMILIES)}.")
-    return FAMILIES[config.family].to_hf(config)
+    family = FAMILIES[config.family]
+    fields = family.to_hf(config)
+    if differences := _differences(config, family.from_hf(fields)):
+        raise ConfigError(
+            f"a Hugging Face config.json of {config.family} cannot say what this model is: {differences}. Make it so "
+            "that it can (all layers of the same sizes, as a rule), or keep it as a checkpoint of ours."
+        )
+    return fields
 
 
-def _differences(config: ModelConfig) -> str:
-    """The layers of every spec but the commonest, or the specs themselves if each is as common."""
-    by_spec: dict[LayerSpec, list[int]] = {}
-    for layer, spec in enumerate(config.layers):
-        by_spec.setdefault(spec, []).append(layer)
-    first, *others = sorted(by_spec.items(), key=lambda item: -len(item[1]))
-    return f"most are {first[0]}, but " + "; ".join(f"layers {layers} are {spec}" for spec, layers in others)
+def exportable(config: ModelConfig) -> bool:
+    """Whether `check_exportable` has nothing to say."""
+    try:
+        check_exportable(config)
+    except ConfigError:
+        return False
+    return True
+
+
+def _differences(config: ModelConfig, read: ModelConfig) -> str:
+    """Where a model differs from what would be read instead."""
+    layers: dict[tuple[LayerSpec, LayerSpec], list[int]] = {}
+    for layer, pair in enumerate(zip(config.layers, read.layers, strict=True)):
+        if pair[0] != pair[1]:
+            layers.setdefault(pair, []).append(layer)
+    told = [
+        f"{field.name} is {getattr(config, field.name)} and would be {getattr(read, field.name)}"
+        for field in dataclasses.fields(config)
+        if field.name != "layers" and getattr(config, field.name) != getattr(read, field.name)
+    ]
+    told += [f"layers {numbers} are {own} and would be {other}" for (own, other), numbers in layers.items()]
+    return "; ".join(told)
 
 
 def _check_local(params: Params) -> None:
@@ -108,7 +127,7 @@ def _check_local(params: Params) -> None:
 
 def _tensors(config: ModelConfig, params: Params, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor as it is stored, one at a time."""
-    family = FAMILIES[config.family]
+    family, fused = FAMILIES[config.family], []
     for name, spec in schema(config).items():
         path, layer = locate(config, name)
         leaf = params
@@ -116,12 +135,20 @@ def _tensors(config: ModelConfig, params: Params, dtype: np.dtype) -> Iterator[t
             leaf = leaf[key]
         # A traced index: one program for all layers of a leaf.
         array = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-        stored = family.hf_stored(name)
+        stored = family.hf_stored(config, name)
         for number, tensor in enumerate(stored.tensors(axis_sizes(spec.axes, spec.shape))):
             part, axes = array, spec.axes
             if stored.numbered:
                 part, axes = jax.lax.dynamic_index_in_dim(array, number, keepdims=False), axes[1:]
-            yield tensor.name, _cast(tensor.name, to_stored(tensor, axes, np.asarray(part)), dtype)
+            found = _cast(tensor.name, to_stored(tensor, axes, np.asarray(part)), dtype)
+            if stored.rows is None:
+                yield tensor.name, found
+                continue
+            # Parameters that share a tensor come in turn, and it is written when all are there.
+            fused.append(found)
+            if sum(map(len, fused)) == stored.rows[1]:
+                yield tensor.name, np.concatenate(fused)
+                fused = []
 
 
 def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

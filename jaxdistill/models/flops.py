@@ -31,8 +31,15 @@ def _products(config: ModelConfig, name: str) -> float:
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:
-    """FLOPs per token of a forward pass over rows of this length: products, and causal attention's half square."""
-    attention = sum(4 * layer.mixer.heads * layer.mixer.head_dim * length / 2 for layer in config.layers)
+    """FLOPs per token of a forward pass over rows of this length: products, and causal attention's half square, or the
+    part of it that lies in a window."""
+
+    def seen(window: int | None) -> float:
+        """Keys of a query, on average."""
+        width = length if window is None else min(window, length)
+        return width - width**2 / (2 * length)
+
+    attention = sum(4 * x.mixer.heads * x.mixer.head_dim * seen(x.mixer.window) for x in config.layers)
     return 2 * product_parameters(config) + attention
 
 

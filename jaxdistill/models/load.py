@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -84,7 +85,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     if where.is_dir():
         config, family = _hf_config(path)
         with open_safetensors(where) as source:
-            yield Checkpoint(config, family, source, family.hf_stored)
+            yield Checkpoint(config, family, source, functools.partial(family.hf_stored, config))
         return
     if where.suffix != ".gguf":
         raise FormatError(
@@ -96,7 +97,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
         by_architecture = {f.gguf_architecture: f for f in FAMILIES.values() if f.gguf_architecture}
         family = _known(f"{where}: general.architecture", architecture, by_architecture)
         assert family.from_gguf is not None
-        yield Checkpoint(family.from_gguf(source.metadata, source.names()), family, source, family.gguf_stored)
+        config = family.from_gguf(source.metadata, source.names())
+        yield Checkpoint(config, family, source, functools.partial(family.gguf_stored, config))
 
 
 def _hf_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Family]:
@@ -201,6 +203,9 @@ def _read_part(source: TensorSource, stored: Stored, spec: ParamSpec, index: Ind
         inner = math.prod(full[a] for a in others)
         in_file.append(slice(wanted[first].start * inner, wanted[first].stop * inner))
         sizes[first] = _length(wanted.pop(first))
+    if stored.rows is not None:
+        before = stored.rows[0]
+        in_file[0] = slice(before + in_file[0].start, before + in_file[0].stop)
     block = from_stored(stored, spec.axes, sizes, source.read_slice(stored.name, tuple(in_file)))
     return block[tuple(wanted.get(str(a), slice(None)) for a in spec.axes)]
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer, normal, ones, zeros
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.models.attention import RopeTable, rotate
+from jaxdistill.models.attention import RopeTable, Scoring, rotate
 from jaxdistill.models.experts import choose_experts, run_experts
 from jaxdistill.models.kernels import merged, product
 from jaxdistill.models.suffixes import COLUMNS, empty_trie
@@ -28,6 +28,9 @@ from jaxdistill.specs import (
     LayerSpec,
     MixtureOfExperts,
     ModelConfig,
+    Norm,
+    NormPlaces,
+    PlainMLP,
     Rope,
     SuffixTable,
 )
@@ -39,6 +42,7 @@ Points = dict[str, Any]
 """Activations that a tap may ask for, by name, and the attention's memory. What nobody asks for is not kept."""
 
 EMBEDDING_STDDEV = 0.02
+KEY_AXES = ("batch", "length", "kv_heads", None)
 
 ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -54,7 +58,7 @@ class Context:
     """What a block needs besides its parameters and its input; the same for all layers of a call."""
 
     ropes: Mapping[tuple[Rope, int], RopeTable]
-    attend: Attend
+    attend: Callable[[Scoring], Attend]
     layout: Layout
     dtype: jnp.dtype
     gates: Mapping[str, Array] = dataclasses.field(default_factory=dict)
@@ -88,17 +92,45 @@ def parameter(
     return nnx.Param(value, logical_axes=axes, initializer=initializer, inputs=inputs, fixed_dtype=dtype)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) · scale, in float32 (arXiv 1910.07467)."""
+class Normalize(nnx.Module):
+    """A norm as `specs.Norm` says, over the last axes of x, in float32: RMSNorm (arXiv 1910.07467) or LayerNorm."""
 
-    def __init__(self, embed: int, epsilon: float):
-        self.scale = parameter((embed,), ("embed",), ones)
-        self.epsilon = epsilon
+    def __init__(self, shape: tuple[int, ...], axes: Axes, norm: Norm, epsilon: float):
+        self.scale = parameter(shape, axes, zeros if norm.one_plus else ones)
+        if norm.bias:
+            self.bias = parameter(shape, axes, zeros)
+        self.norm, self.epsilon = norm, epsilon
 
-    def __call__(self, x: Float[Array, "... embed"], dtype: jnp.dtype) -> Float[Array, "... embed"]:
-        x = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * inverse * self.scale[...].astype(jnp.float32)).astype(dtype)
+    def __call__(self, x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+        x, scale = x.astype(jnp.float32), self.scale[...].astype(jnp.float32)
+        over = tuple(range(-scale.ndim, 0))
+        if self.norm.kind == "layer":
+            x = x - jnp.mean(x, axis=over, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=over, keepdims=True) + self.epsilon)
+        x = x * inverse * (1.0 + scale if self.norm.one_plus else scale)
+        return (x + self.bias[...].astype(jnp.float32) if self.norm.bias else x).astype(dtype)
+
+
+def stream_norm(config: ModelConfig) -> Normalize:
+    """A norm of the residual stream, or of what is added to it."""
+    return Normalize((config.embed,), ("embed",), config.norm, config.norm_epsilon)
+
+
+class Normed(nnx.Module):
+    """Something between the norms that its place asks for: `norm` of what is read, `post_norm` of what is added."""
+
+    def __init__(self, places: NormPlaces, config: ModelConfig):
+        if places != "post":
+            self.norm = stream_norm(config)
+        if places != "pre":
+            self.post_norm = stream_norm(config)
+        self.places = places
+
+    def read(self, x: Array, point: str, context: Context) -> Array:
+        return context.gated(point, self.norm(x, context.dtype) if self.places != "post" else x)
+
+    def added(self, x: Array, context: Context) -> Array:
+        return self.post_norm(x, context.dtype) if self.places != "pre" else x
 
 
 class Linear(nnx.Module):
@@ -117,14 +149,14 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
-class AttentionMixer(nnx.Module):
-    """Pre-normed grouped-query attention; returns what is added to the residual stream."""
+class AttentionMixer(Normed):
+    """Grouped-query attention with its norms; returns what is added to the residual stream."""
 
-    def __init__(self, spec: Attention, config: ModelConfig):
+    def __init__(self, spec: Attention, places: NormPlaces, config: ModelConfig):
+        super().__init__(places, config)
         embed, head_dim = config.embed, spec.head_dim
         heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.spec = spec
-        self.norm = RMSNorm(embed, config.norm_epsilon)
         self.query = Linear((embed, spec.heads, head_dim), heads, inputs=1, bias=spec.bias)
         self.key = Linear((embed, spec.kv_heads, head_dim), kv_heads, inputs=1, bias=spec.bias)
         self.value = Linear((embed, spec.kv_heads, head_dim), kv_heads, inputs=1, bias=spec.bias)
@@ -135,36 +167,61 @@ class AttentionMixer(nnx.Module):
             bias=spec.output_bias,
             scale=residual_scale(config),
         )
+        if spec.qk_norm is not None:
+            own = ("head_dim",) if spec.qk_norm == "head" else None
+            for name, count, axes in (("query_norm", spec.heads, heads), ("key_norm", spec.kv_heads, kv_heads)):
+                shape = (head_dim,) if own else (count, head_dim)
+                setattr(self, name, Normalize(shape, own or axes[1:], config.norm, config.norm_epsilon))
 
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
-        table = context.ropes[self.spec.rope, self.spec.head_dim]
-        constrain = context.layout.constrain
-        normed = context.gated("mixer_normed", self.norm(x, context.dtype))
-        query = constrain(rotate(self.query(normed, context), table), ("batch", "length", "heads", None))
-        key = constrain(rotate(self.key(normed, context), table), ("batch", "length", "kv_heads", None))
-        value = constrain(self.value(normed, context), ("batch", "length", "kv_heads", None))
-        heads, memory = context.attend(query, key, value)
+        spec, constrain = self.spec, context.layout.constrain
+        normed = self.read(x, "mixer_normed", context)
+        query, key = self.query(normed, context), self.key(normed, context)
+        if spec.qk_norm is not None:
+            query, key = self.query_norm(query, context.dtype), self.key_norm(key, context.dtype)
+        if spec.rope is not None:
+            query, key = (rotate(x, context.ropes[spec.rope, spec.head_dim]) for x in (query, key))
+        query, key = constrain(query, ("batch", "length", "heads", None)), constrain(key, KEY_AXES)
+        value = constrain(self.value(normed, context), KEY_AXES)
+        heads, memory = context.attend(Scoring.of(spec))(query, key, value)
         heads = context.gated("heads", constrain(heads, ("batch", "length", "heads", None)))
         points = {"mixer_normed": normed, "query": query, "key": key, "value": value, "heads": heads}
-        return self.output(heads, context), {**points, "memory": memory}
+        return self.added(self.output(heads, context), context), {**points, "memory": memory}
 
 
-class GatedFFN(nnx.Module):
-    """Pre-normed gated feed-forward (arXiv 2002.05202); returns what is added to the residual stream."""
+class GatedFFN(Normed):
+    """Gated feed-forward (arXiv 2002.05202) with its norms; returns what is added to the residual stream."""
 
-    def __init__(self, spec: GatedMLP, config: ModelConfig):
+    def __init__(self, spec: GatedMLP, places: NormPlaces, config: ModelConfig):
+        super().__init__(places, config)
         embed, mlp = config.embed, spec.mlp
         self.spec = spec
-        self.norm = RMSNorm(embed, config.norm_epsilon)
         self.gate = Linear((embed, mlp), ("embed", "mlp"), inputs=1, bias=spec.bias)
         self.up = Linear((embed, mlp), ("embed", "mlp"), inputs=1, bias=spec.bias)
         self.down = Linear((mlp, embed), ("mlp", "embed"), inputs=1, bias=spec.bias, scale=residual_scale(config))
 
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
-        normed = context.gated("ffn_normed", self.norm(x, context.dtype))
+        normed = self.read(x, "ffn_normed", context)
         mlp = ACTIVATIONS[self.spec.activation](self.gate(normed, context)) * self.up(normed, context)
         mlp = context.gated("mlp", context.layout.constrain(mlp, ("batch", "length", "mlp")))
-        return self.down(mlp, context), {"ffn_normed": normed, "mlp": mlp}
+        return self.added(self.down(mlp, context), context), {"ffn_normed": normed, "mlp": mlp}
+
+
+class PlainFFN(Normed):
+    """Feed-forward without a gate, with its norms; returns what is added to the residual stream."""
+
+    def __init__(self, spec: PlainMLP, places: NormPlaces, config: ModelConfig):
+        super().__init__(places, config)
+        embed, mlp = config.embed, spec.mlp
+        self.spec = spec
+        self.up = Linear((embed, mlp), ("embed", "mlp"), inputs=1, bias=spec.bias)
+        self.down = Linear((mlp, embed), ("mlp", "embed"), inputs=1, bias=spec.bias, scale=residual_scale(config))
+
+    def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
+        normed = self.read(x, "ffn_normed", context)
+        mlp = ACTIVATIONS[self.spec.activation](self.up(normed, context))
+        mlp = context.gated("mlp", context.layout.constrain(mlp, ("batch", "length", "mlp")))
+        return self.added(self.down(mlp, context), context), {"ffn_normed": normed, "mlp": mlp}
 
 
 class ExpertKernels(nnx.Module):
@@ -174,16 +231,16 @@ class ExpertKernels(nnx.Module):
         self.kernel = parameter(shape, axes, normal(scale * shape[1] ** -0.5), inputs=1)
 
 
-class MixtureFFN(nnx.Module):
-    """Pre-normed mixture of experts; returns what is added to the residual stream.
+class MixtureFFN(Normed):
+    """Mixture of experts with its norms; returns what is added to the residual stream.
 
     The router's softmax is float32; a token's output is the sum of its experts' outputs, weighted by it.
     """
 
-    def __init__(self, spec: MixtureOfExperts, config: ModelConfig):
+    def __init__(self, spec: MixtureOfExperts, places: NormPlaces, config: ModelConfig):
+        super().__init__(places, config)
         embed, experts, mlp = config.embed, spec.experts, spec.mlp
         self.spec = spec
-        self.norm = RMSNorm(embed, config.norm_epsilon)
         self.router = Linear((embed, experts), ("embed", "experts"), inputs=1, bias=False)
         self.gate = ExpertKernels((experts, embed, mlp), ("experts", "embed", "mlp"))
         self.up = ExpertKernels((experts, embed, mlp), ("experts", "embed", "mlp"))
@@ -191,7 +248,7 @@ class MixtureFFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
         spec, layout = self.spec, context.layout
-        normed = context.gated("ffn_normed", self.norm(x, context.dtype))
+        normed = self.read(x, "ffn_normed", context)
         logits = layout.constrain(self.router(normed, context), ("batch", "length", None))
         shares, chosen = choose_experts(
             jax.nn.softmax(logits.astype(jnp.float32)), spec.experts_per_token, layout=layout
@@ -208,19 +265,22 @@ class MixtureFFN(nnx.Module):
             factors=None if factors is None else factors.reshape(-1, spec.experts, spec.mlp),
             layout=layout,
         )
-        return mixed, {"ffn_normed": normed, "chosen_experts": chosen, "mlp": mlp, "experts": outputs}
+        points = {"ffn_normed": normed, "chosen_experts": chosen, "mlp": mlp, "experts": outputs}
+        return self.added(mixed, context), points
 
 
 class Block(nnx.Module):
     """One layer: x + mixer(x), then + ffn of that."""
 
     def __init__(self, spec: LayerSpec, config: ModelConfig):
-        self.mixer = AttentionMixer(spec.mixer, config)
+        self.mixer = AttentionMixer(spec.mixer, spec.norms, config)
         match spec.ffn:
             case GatedMLP():
-                self.ffn = GatedFFN(spec.ffn, config)
+                self.ffn = GatedFFN(spec.ffn, spec.norms, config)
+            case PlainMLP():
+                self.ffn = PlainFFN(spec.ffn, spec.norms, config)
             case MixtureOfExperts():
-                self.ffn = MixtureFFN(spec.ffn, config)
+                self.ffn = MixtureFFN(spec.ffn, spec.norms, config)
 
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
         mixed, mixer_points = self.mixer(x, context)
@@ -254,7 +314,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.embedding = Table(config)
         self.layers = nnx.List([Block(spec, config) for spec in config.layers])
-        self.final_norm = RMSNorm(config.embed, config.norm_epsilon)
+        self.final_norm = stream_norm(config)
         if not config.tied:
             self.head = Table(config)
         if config.suffixes is not None:

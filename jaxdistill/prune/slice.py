@@ -34,7 +34,8 @@ def prune_model(
     """The model with what the plan keeps, in the plan's order; its parameters are new arrays in their places.
 
     norm_repair: RMSNorm divides by the root of a mean over channels. If the dropped channels are zero, the mean over
-    the D' kept of D channels is D / D' times larger; "exact" undoes that: scale · √(D / D'), epsilon · D / D'.
+    the D' kept of D channels is D / D' times larger; "exact" undoes that: scale · √(D / D'), epsilon · D / D'. Where
+    norms take a mean off, or heads have norms with the same epsilon, there is no exact repair.
     Raises ValueError for a plan of another model, and for sizes that the layout's mesh could divide before and cannot
     afterwards: an array that is not divided is held whole by every device.
     """
@@ -49,17 +50,30 @@ def plan_cut(
     smaller = plan.resize(config)
     _check_divisible(config, smaller, plan, layout)
     growth = config.embed / smaller.embed if norm_repair == "exact" else 1.0
+    if growth != 1.0:
+        _check_repairable(config)
     smaller = dataclasses.replace(smaller, norm_epsilon=smaller.norm_epsilon * growth)
 
     def cut(params: Params) -> Params:
         def made(leaf: StackedSpec) -> jax.Array:
             value = _cut_leaf(config, params, plan, leaf)
             is_norm = leaf.spec.axes == ("embed",) and leaf.members[0].endswith("norm.scale")
-            return value * math.sqrt(growth) if is_norm and growth != 1.0 else value
+            if not is_norm or growth == 1.0:
+                return value
+            kept = 1.0 if config.norm.one_plus else 0.0
+            return (kept + value) * math.sqrt(growth) - kept
 
         return nested({path: made(leaf) for path, leaf in stacked_schema(smaller).items()})
 
     return smaller, jax.jit(cut, out_shardings=param_shardings(smaller, layout))
+
+
+def _check_repairable(config: ModelConfig) -> None:
+    if config.norm.kind != "rms" or any(spec.mixer.qk_norm for spec in config.layers):
+        raise ValueError(
+            f"norm_repair is 'exact'; a {config.family} with {config.norm} and norms "
+            f"{config.layers[0].mixer.qk_norm} of query and key has none. Use 'none'."
+        )
 
 
 def _cut_leaf(config: ModelConfig, params: Params, plan: PrunePlan, leaf: StackedSpec) -> jax.Array:

@@ -27,7 +27,7 @@ from jaxdistill.data.paths import source_at
 from jaxdistill.data.pipeline import Loader, make_loader
 from jaxdistill.formats.paths import local_path, write_text
 from jaxdistill.losses.alm import ALM
-from jaxdistill.models.export import check_exportable, write_hf
+from jaxdistill.models.export import check_exportable, exportable, write_hf
 from jaxdistill.models.lora import adapter_schema, merge_adapters
 from jaxdistill.models.schema import count_parameters
 from jaxdistill.prune.plan import PrunePlan
@@ -397,11 +397,12 @@ class _Run:
         config, params, tokenizer = self.student.config, self._student_params(), self.student.tokenizer
         if self.student.lora is not None:
             params = merge_adapters(params, self.student.lora)
-        if self.config.export == "huggingface" and not config.homogeneous:
+        own = self.config.export == "jaxdistill" or not exportable(config)
+        if self.config.export == "huggingface" and own:
             self.say("the student's layers differ, which Hugging Face's format cannot hold; writing jaxdistill's")
         elif self.config.export == "huggingface" and jax.process_count() > 1:
             self.say("several processes write jaxdistill's format; `jaxdistill convert` makes Hugging Face's of it")
-        if self.config.export == "jaxdistill" or jax.process_count() > 1 or not config.homogeneous:
+        if own or jax.process_count() > 1:
             save_model(target, config, params, write_tokenizer=tokenizer.save)
         else:
             write_hf(target, config, params, dtype=self.config.export_dtype, tokenizer=tokenizer)

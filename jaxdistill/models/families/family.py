@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.models.schema import schema
 from jaxdistill.sharding import Axes
-from jaxdistill.specs import ModelConfig
+from jaxdistill.specs import MixtureOfExperts, ModelConfig
 
 
 class ConfigError(ValueError):
@@ -26,15 +27,21 @@ class Stored:
     Hugging Face, [heads·head_dim, embed], is (("heads", "head_dim"), ("embed",)). interleaved: an axis of ours whose
     two halves alternate in the file (llama.cpp keeps the two dimensions of one rotation next to each other); never the
     first of its product. A name with "@" stands for several tensors, one for each number on the first axis (experts):
-    see `tensors`.
+    see `tensors`. rows: where the tensor holds other parameters too, how many rows lie before ours, and are in all.
     """
 
     name: str
     axes: tuple[tuple[str, ...], ...]
     interleaved: str | None = None
+    rows: tuple[int, int] | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape in the file, from the size of each of our axes."""
+        """The tensor's shape in the file, from the size of each of our axes."""
+        first, *rest = self.own_shape(sizes)
+        return (first if self.rows is None else self.rows[1], *rest)
+
+    def own_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The same of what is ours in it."""
         return tuple(math.prod(sizes[a] for a in group) for group in self.axes)
 
     @property
@@ -55,23 +62,26 @@ class TensorNames:
     """One row of a family's table: the axes of the tensor in files ("heads*head_dim embed") and its names there.
 
     `*` in a name stands for the layer's index, `@` for a number on the first axis that has tensors of its own.
-    gguf_interleaved: see `Stored.interleaved`; GGUF files only.
+    gguf_interleaved: see `Stored.interleaved`; GGUF files only. fused: all of our parameters that lie in the tensor of
+    Hugging Face's, in their order, by our names.
     """
 
     axes: str
     hf: str
     gguf: str = ""
     gguf_interleaved: str | None = None
+    fused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture: its configs in other formats and the table of its tensors.
 
-    from_hf, to_hf: a Hugging Face config.json as a dict, and ours. to_hf raises ConfigError for what the architecture
-    cannot express. from_gguf: GGUF metadata and tensor names to our config; None where GGUF files are not read.
-    tensors: keyed by our per-layer name with `*` for the layer's index. ignored: patterns of stored names that hold
-    nothing that a config does not say.
+    from_hf, to_hf: a Hugging Face config.json as a dict, and ours. to_hf may leave out what the architecture does not
+    have: what is written is read again and compared (`models.export`). from_gguf: GGUF metadata and tensor names to our
+    config; None where GGUF files are not read. tensors: keyed by our per-layer name with `*` for the layer's index.
+    dense: those of layers without a mixture, where some have one. ignored: patterns of stored names that hold nothing
+    that a config does not say.
     """
 
     hf_architecture: str
@@ -80,24 +90,41 @@ class Family:
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     from_gguf: Callable[[Mapping[str, Any], Collection[str]], ModelConfig] | None
     tensors: Mapping[str, TensorNames]
+    dense: Mapping[str, TensorNames] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
-    def hf_stored(self, name: str) -> Stored:
-        """Where our parameter lies in a Hugging Face checkpoint."""
-        row, layer = self._row(name)
-        return Stored(row.hf.replace("*", layer), _groups(row.axes))
+    def hf_stored(self, config: ModelConfig, name: str) -> Stored:
+        """Where our parameter lies in a Hugging Face checkpoint of such a model."""
+        row, layer = self._row(config, name)
+        rows = None
+        if row.fused:
+            names = [one.replace("*", layer) for one in row.fused]
+            counts = [_first_size(config, one, self._row(config, one)[0]) for one in names]
+            rows = sum(counts[: names.index(name)]), sum(counts)
+        return Stored(row.hf.replace("*", layer), _groups(row.axes), rows=rows)
 
-    def gguf_stored(self, name: str) -> Stored:
-        """Where our parameter lies in a GGUF file."""
-        row, layer = self._row(name)
+    def gguf_stored(self, config: ModelConfig, name: str) -> Stored:
+        """Where our parameter lies in a GGUF file of such a model."""
+        row, layer = self._row(config, name)
         return Stored(row.gguf.replace("*", layer), _groups(row.axes), row.gguf_interleaved)
 
     def is_ignored(self, stored_name: str) -> bool:
         return any(re.fullmatch(pattern, stored_name) for pattern in self.ignored)
 
-    def _row(self, name: str) -> tuple[TensorNames, str]:
+    def _row(self, config: ModelConfig, name: str) -> tuple[TensorNames, str]:
         match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-        return (self.tensors[f"layers.*.{match[2]}"], match[1]) if match else (self.tensors[name], "")
+        if not match:
+            return self.tensors[name], ""
+        general = f"layers.*.{match[2]}"
+        mixture = isinstance(config.layers[int(match[1])].ffn, MixtureOfExperts)
+        table = self.dense if not mixture and general in self.dense else self.tensors
+        return table[general], match[1]
+
+
+def _first_size(config: ModelConfig, name: str, row: TensorNames) -> int:
+    spec = schema(config)[name]
+    sizes = axis_sizes(spec.axes, spec.shape)
+    return math.prod(sizes[axis] for axis in _groups(row.axes)[0])
 
 
 def _groups(axes: str) -> tuple[tuple[str, ...], ...]:
@@ -132,7 +159,7 @@ def to_stored(stored: Stored, axes: Axes, tensor: np.ndarray) -> np.ndarray:
         at = order.index(stored.interleaved)
         halves = block.reshape(*block.shape[:at], 2, -1, *block.shape[at + 1 :])
         block = halves.swapaxes(at, at + 1).reshape(block.shape)
-    return block.reshape(stored.shape(axis_sizes(axes, tensor.shape)))
+    return block.reshape(stored.own_shape(axis_sizes(axes, tensor.shape)))
 
 
 def check_fields(

@@ -1,0 +1,99 @@
+"""Qwen2: Llama with biases on query, key and value. Qwen3: norms of every query and key head instead. Either may have a
+window in its last layers.
+
+Facts about files: `Qwen2Config` and `Qwen3Config` of transformers 4 and 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxdistill.models.families.family import Family
+from jaxdistill.models.families.hf_decoder import (
+    attention_from_hf,
+    decoder_from_hf,
+    decoder_to_hf,
+    gated_to_hf,
+    layer_types_to_hf,
+    window_of,
+)
+from jaxdistill.models.families.hf_fields import FULL, SLIDING, Fields
+from jaxdistill.models.families.hf_rope import rope_to_hf
+from jaxdistill.models.families.llama import ATTENTION, GATED, IGNORED, PRE_NORMS, TABLES, norm
+from jaxdistill.specs import GatedMLP, LayerSpec, ModelConfig
+
+Name = Literal["qwen2", "qwen3"]
+
+
+def from_hf(family: Name, fields: Mapping[str, Any]) -> ModelConfig:
+    """Our config from a config.json of either layout. Raises ConfigError naming every field that it cannot honour."""
+    f = Fields(fields)
+    if family == "qwen2":
+        mixer = attention_from_hf(f, kv_heads=32, bias=True, rope=f.rope())
+    else:
+        bias = f.flag("attention_bias", False)
+        options = {"bias": bias, "output_bias": bias, "qk_norm": "head"}
+        mixer = attention_from_hf(f, kv_heads=32, head_dim=128, rope=f.rope(), **options)
+    ffn = GatedMLP(mlp=f.size("intermediate_size", 22016), activation=f.activation())
+    layers = layers_with_windows(f, LayerSpec(mixer=mixer, ffn=ffn))
+    config = decoder_from_hf(f, family, layers, epsilon=1e-6, max_length=32768)
+    f.finish()
+    return config
+
+
+def layers_with_windows(f: Fields, spec: LayerSpec) -> list[LayerSpec]:
+    """As many layers as the fields say, the last ones with a window where it is switched on."""
+    depth = f.size("num_hidden_layers", 32)
+    window, first = f.size_or_none("sliding_window", 4096), f.get("max_window_layers", 28)
+    if not f.flag("use_sliding_window", False):
+        window = None
+    kinds = f.layer_types(depth, lambda layer: SLIDING if window is not None and layer >= first else FULL)
+    local = _with_window(spec, window)
+    return [local if kind == SLIDING else spec for kind in kinds]
+
+
+def _with_window(spec: LayerSpec, window: int | None) -> LayerSpec:
+    return dataclasses.replace(spec, mixer=dataclasses.replace(spec.mixer, window=window))
+
+
+def windows_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The fields of windows; older readers know a number of layers without one, newer ones a kind for every layer."""
+    window, kinds = window_of(config), layer_types_to_hf(config)
+    full = next((layer for layer, kind in enumerate(kinds) if kind == SLIDING), len(kinds))
+    return {
+        "layer_types": kinds,
+        "max_window_layers": full,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+    }
+
+
+def to_hf(family: Name, config: ModelConfig) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5 read alike."""
+    mixer, ffn = config.layers[0].mixer, config.layers[0].ffn
+    fields = {**decoder_to_hf(config), **gated_to_hf(ffn), **rope_to_hf(mixer.rope), **windows_to_hf(config)}
+    return fields if family == "qwen2" else {**fields, "attention_bias": mixer.bias}
+
+
+def _family(name: Name, architecture: str, tensors: dict[str, Any]) -> Family:
+    return Family(
+        hf_architecture=architecture,
+        gguf_architecture=None,
+        from_hf=functools.partial(from_hf, name),
+        to_hf=functools.partial(to_hf, name),
+        from_gguf=None,
+        tensors=tensors,
+        ignored=IGNORED,
+    )
+
+
+HEAD_NORMS = {
+    **norm("mixer.query_norm", "self_attn.q_norm", axes="head_dim"),
+    **norm("mixer.key_norm", "self_attn.k_norm", axes="head_dim"),
+}
+TENSORS = {**TABLES, **ATTENTION, **GATED, **PRE_NORMS}
+QWEN2 = _family("qwen2", "Qwen2ForCausalLM", TENSORS)
+QWEN3 = _family("qwen3", "Qwen3ForCausalLM", {**TENSORS, **HEAD_NORMS})
