@@ -56,7 +56,7 @@ def from_hf(family: Name, fields: Mapping[str, Any]) -> ModelConfig:
         layers = _layers(f, family, attention, ffn, depth)
         more["soft_cap"] = f.number_or_none("final_logit_softcapping", default["caps"][1])
     config = decoder_from_hf(f, family, layers, epsilon=1e-6, max_length=default["max_length"], **more)
-    f.finish()
+    f.finish(ignored=("hidden_act",))  # Gemma 2 and 3 have their own field
     return config
 
 

@@ -111,8 +111,8 @@ def _scaling(where: str, kind: str, rope: dict[str, Any], outer: Mapping[str, An
             high_frequency_factor=number("high_freq_factor"),
             original_length=original,
         )
-    factor = number("factor", None if length is None else length / original)
     if kind == "yarn":
+        factor = number("factor")
         return YarnScaling(
             factor=factor,
             original_length=original,
@@ -121,6 +121,7 @@ def _scaling(where: str, kind: str, rope: dict[str, Any], outer: Mapping[str, An
             attention_factor=number("attention_factor", _yarn_attention(factor, rope)),
             truncate=required_field(where, {"truncate": rope.get("truncate", True)}, "truncate", bool),
         )
+    factor = number("factor", None if length is None else length / original)
     grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return LongRope(
         short=_numbers(where, rope, "short_factor"),

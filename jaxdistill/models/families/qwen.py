@@ -40,7 +40,7 @@ def from_hf(family: Name, fields: Mapping[str, Any]) -> ModelConfig:
     ffn = GatedMLP(mlp=f.size("intermediate_size", 22016), activation=f.activation())
     layers = layers_with_windows(f, LayerSpec(mixer=mixer, ffn=ffn))
     config = decoder_from_hf(f, family, layers, epsilon=1e-6, max_length=32768)
-    f.finish()
+    f.finish(required={"use_mrope": False})
     return config
 
 
