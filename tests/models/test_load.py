@@ -23,7 +23,9 @@ from jaxdistill.models.schema import unstack
 from jaxdistill.sharding import Layout, MeshConfig, make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MODELS = ("tied_wide_heads", "biases_linear", "llama3_rope", "mixture")
+MODELS = tuple(sorted(folder.name for folder in (GOLDEN / "tiny_models").iterdir()))
+"""Every family, with what its config can say."""
+IN_GGUF = ("tied_wide_heads", "biases_linear", "llama3_rope")
 
 
 def golden(name: str) -> Path:
@@ -56,7 +58,7 @@ def test_scores_equal_those_of_transformers(name):
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     outputs = jax.jit(lambda p: apply(config, p, Rows(tokens, positions, mask)))(params)
     found = np.asarray(scores(outputs.hidden, outputs.head))
-    assert np.abs(expected).max() > 4  # the models say something
+    assert np.abs(expected).max() > 2.5  # the models say something
     np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-4)
 
 
@@ -166,7 +168,7 @@ def write_gguf(path: Path, name: str, encoding: gguf.GGMLQuantizationType, *, em
     writer.close()
 
 
-@pytest.mark.parametrize("name", MODELS[:3])  # a mixture is not read from GGUF
+@pytest.mark.parametrize("name", IN_GGUF)
 def test_gguf_holds_the_same_parameters_as_the_directory(name, tmp_path):
     write_gguf(tmp_path / "m.gguf", name, gguf.GGMLQuantizationType.F32)
     config, params = read_model(tmp_path / "m.gguf")
