@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LAYOUTS, llama
+from tiny import FAMILY_CASES, LAYOUTS, family_models, llama
 
 from jaxdistill.generate import Sampling, generate, sample
 from jaxdistill.models.decoder import Rows, apply, apply_cached, init_cache, scores
@@ -49,13 +49,15 @@ def test_greedy_is_the_argmax_of_repeated_full_passes(config):
         assert continuation == text[len(prompt) :]
 
 
+@pytest.mark.parametrize("name", ["mixed", *FAMILY_CASES])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_cached_hidden_states_equal_whole_rows(side):
-    params = spread_out(MIXED)
+def test_cached_hidden_states_equal_whole_rows(side, name):
+    config = MIXED if name == "mixed" else family_models()[name]
+    params = spread_out(config)
     rng = np.random.default_rng(0)
     rows, extra, longest = 3, 4, 7
     lengths = [7, 2, 5]
-    texts = [rng.integers(0, 64, n + extra) for n in lengths]
+    texts = [rng.integers(0, config.vocab, n + extra) for n in lengths]
 
     def padded(column):
         """The prompts as a [rows, 7] matrix of `column(row, index)`, 0 at padding."""
@@ -66,8 +68,8 @@ def test_cached_hidden_states_equal_whole_rows(side):
         return jnp.asarray(out)
 
     prompt = Rows(padded(lambda r, i: texts[r][i]), padded(lambda r, i: i), padded(lambda r, i: 1))
-    advance = jax.jit(lambda rows, cache: apply_cached(MIXED, params, rows, cache))
-    outputs, cache = advance(prompt, init_cache(MIXED, rows, longest + extra))
+    advance = jax.jit(lambda rows, cache: apply_cached(config, params, rows, cache))
+    outputs, cache = advance(prompt, init_cache(config, rows, longest + extra))
     hidden = [[outputs.hidden[r, i] for i in range(longest) if prompt.segment_ids[r, i]] for r in range(rows)]
     for step in range(extra):
         tokens = jnp.asarray([[texts[r][lengths[r] + step]] for r in range(rows)])
@@ -76,7 +78,7 @@ def test_cached_hidden_states_equal_whole_rows(side):
         for r in range(rows):
             hidden[r].append(outputs.hidden[r, 0])
     assert int(cache.used) == longest + extra
-    whole = jax.jit(lambda row: apply(MIXED, params, row).hidden[0])
+    whole = jax.jit(lambda row: apply(config, params, row).hidden[0])
     for r in range(rows):
         expected = whole(one_row([*texts[r], *[0] * (longest - lengths[r])]))[: len(texts[r])]
         np.testing.assert_allclose(jnp.stack(hidden[r]), expected, rtol=1e-5, atol=1e-5)

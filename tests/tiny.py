@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.models.load import model_config
 from jaxdistill.models.schema import schema, stack
 from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, MixtureOfExperts, ModelConfig
@@ -43,6 +45,18 @@ def llama(
     return ModelConfig(family="llama", vocab=vocab, embed=embed, layers=(layer,) * layers, tied=tied)
 
 
+def family_models() -> dict[str, ModelConfig]:
+    """A tiny model of every family, as the committed checkpoints have them."""
+    return {folder.name: model_config(folder) for folder in sorted(TINY_MODELS.iterdir())}
+
+
+TINY_MODELS = Path(__file__).parent / "golden" / "tiny_models"
+FEW = ("gemma3", "olmo2")
+"""Of these models the ones that `make test` tries where `make test-slow` tries all: together they have most of what a
+family may have."""
+FAMILY_CASES = [name if name in FEW else slow(name) for name in family_models()]
+
+
 def mixture(*, vocab: int = 64, embed: int = 16, layers: int = 2, experts: int = 8, mlp: int = 12) -> ModelConfig:
     """A decoder whose tokens choose two of several experts in every layer."""
     ffn = MixtureOfExperts(experts=experts, experts_per_token=2, mlp=mlp)
@@ -56,7 +70,7 @@ def params(config: ModelConfig, seed: int = 0, *, head_scale: float = 1.0) -> Pa
 
     def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name.endswith("scale"):
-            return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+            return (rng.uniform(0.5, 1.5, shape) - config.norm.one_plus).astype(np.float32)
         scale = head_scale if name.startswith("head") else 1.0
         return (scale * rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LAYOUTS, assert_gradients_close, llama, packed_batch
+from tiny import FAMILY_CASES, LAYOUTS, assert_gradients_close, family_models, llama, packed_batch, slow
 
 from jaxdistill.models.decoder import Execution, apply, apply_cached, init_cache
 from jaxdistill.models.embedding import look_up
@@ -46,6 +47,23 @@ def test_every_mesh_gives_the_same(name, one_device):
     assert_gradients_close(gradients, expected_gradients)
     rows = layout.sharding(("batch", "length", None), hidden.shape)
     assert hidden.sharding.is_equivalent_to(rows, hidden.ndim)
+
+
+@pytest.mark.parametrize("family", FAMILY_CASES)
+@pytest.mark.parametrize("name", ["fsdp 4 x tensor 2", slow("fsdp 8")])
+def test_every_family_on_a_mesh(family, name):
+    config, layout = family_models()[family], LAYOUTS[name]()
+    params, batch = init_params(config, jax.random.key(0)), packed_batch(vocab=config.vocab)
+
+    def loss(layout, params, batch):
+        hidden = apply(config, params, batch, layout=layout).hidden
+        return jnp.sum(jnp.sin(hidden) * (batch.segment_ids > 0)[..., None])
+
+    expected = jax.jit(jax.grad(functools.partial(loss, Layout())))(params, batch)
+    placed = jax.device_put(params, param_shardings(config, layout))
+    rows = put_batch(layout, jax.tree.map(np.asarray, batch))
+    given = jax.jit(jax.grad(functools.partial(loss, layout)))(placed, rows)
+    assert_gradients_close(given, expected)
 
 
 def test_key_value_heads_that_the_mesh_does_not_divide(one_device):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LAYOUTS, llama, packed_batch
+from tiny import FAMILY_CASES, LAYOUTS, family_models, llama, packed_batch
 from tiny import params as tiny_params
 
 from jaxdistill.models.decoder import apply, scores
@@ -18,7 +18,7 @@ from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.plan import depth_plan, whole_plan
 from jaxdistill.prune.slice import prune_model
 from jaxdistill.sharding import Layout
-from jaxdistill.specs import ModelConfig
+from jaxdistill.specs import MixtureOfExperts, ModelConfig
 
 UNTIED = llama(layers=3, tied=False)
 THIN = llama(layers=1, mlp=24).layers[0]
@@ -26,16 +26,19 @@ MODELS = {
     "tied": llama(layers=2),
     "untied": UNTIED,
     "two segments": dataclasses.replace(UNTIED, layers=(*UNTIED.layers, THIN)),
+    **family_models(),
 }
+CASES = ["tied", "untied", "two segments", *FAMILY_CASES]
 
 
 def logits(config: ModelConfig, params, rows=None):
-    outputs = jax.jit(lambda p: apply(config, p, packed_batch(0) if rows is None else rows))(params)
+    rows = packed_batch(0, vocab=config.vocab) if rows is None else rows
+    outputs = jax.jit(lambda p: apply(config, p, rows))(params)
     return np.asarray(scores(outputs.hidden, outputs.head))
 
 
 @pytest.mark.parametrize("layout", ["one device", "fsdp 8", "fsdp 4 x tensor 2"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", CASES)
 def test_keeping_everything_changes_no_bit(model, layout):
     config, place = MODELS[model], LAYOUTS[layout]()
     params = jax.device_put(tiny_params(config), param_shardings(config, place))
@@ -46,7 +49,7 @@ def test_keeping_everything_changes_no_bit(model, layout):
 
 
 @pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", CASES)
 def test_an_order_changes_no_score(model, layout):
     """All axes permuted at once: channels, neurons, key-value heads and query heads within them."""
     config, place = MODELS[model], LAYOUTS[layout]()
@@ -86,25 +89,46 @@ def test_what_is_cut_is_what_was_masked(target, layout):
     )
 
 
-def test_channels_that_are_zero_leave_without_a_trace_when_norms_are_repaired():
-    """Channels 3 and 9 of the residual stream never hold anything: nothing writes to them."""
-    config = UNTIED
+@pytest.mark.parametrize("model", FAMILY_CASES)
+def test_what_is_cut_of_a_family_is_what_was_masked(model):
+    """Where all heads have one norm together, fewer heads have another."""
+    config = MODELS[model]
+    if any(isinstance(spec.ffn, MixtureOfExperts) for spec in config.layers):
+        pytest.skip("tests/prune/test_mixture.py has mixtures")
+    together = any(spec.mixer.qk_norm == "all" for spec in config.layers)
+    params, target = tiny_params(config), Target(mlp=12) if together else Target(mlp=12, heads=2)
+    plan = choose(config, random_importance(config, 5), target)
+    smaller, cut = prune_model(config, params, plan)
+    expected = logits(config, stack(config, masked(config, params, plan)))
+    np.testing.assert_allclose(logits(smaller, cut), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["untied", *FAMILY_CASES])
+def test_channels_that_are_zero_leave_without_a_trace_when_norms_are_repaired(model):
+    """Two channels of the residual stream never hold anything: nothing writes to them. Norms that have no exact repair
+    are refused."""
+    config = MODELS[model]
     flat = unstack(config, tiny_params(config))
     dead = np.array([3, 9])
-    flat["embedding.kernel"] = flat["embedding.kernel"].at[:, dead].set(0.0)
-    for layer in range(3):
-        for name in ("mixer.output.kernel", "ffn.down.kernel"):
-            flat[f"layers.{layer}.{name}"] = flat[f"layers.{layer}.{name}"].at[..., dead].set(0.0)
+    for name in flat:
+        if name == "embedding.kernel" or name.endswith((".mixer.output.kernel", ".ffn.down.kernel")):
+            flat[name] = flat[name].at[..., dead].set(0.0)
+        if name.endswith((".mixer.output.bias", ".ffn.down.bias")):
+            flat[name] = flat[name].at[dead].set(0.0)
     params = stack(config, flat)
-    plan = dataclasses.replace(whole_plan(config), embed=tuple(i for i in range(16) if i not in dead))
+    plan = dataclasses.replace(whole_plan(config), embed=tuple(i for i in range(config.embed) if i not in dead))
+    if config.norm.kind == "layer" or any(spec.mixer.qk_norm for spec in config.layers):
+        with pytest.raises(ValueError, match=r"norm_repair is 'exact'; a .* has none"):
+            prune_model(config, params, plan, norm_repair="exact")
+        return
     smaller, cut = prune_model(config, params, plan, norm_repair="exact")
     np.testing.assert_allclose(logits(smaller, cut), logits(config, params), atol=1e-5)
-    assert smaller.norm_epsilon == pytest.approx(config.norm_epsilon * 16 / 14)
+    assert smaller.norm_epsilon == pytest.approx(config.norm_epsilon * config.embed / (config.embed - 2))
     _, plain = prune_model(config, params, plan)
     assert np.abs(logits(plan.resize(config), plain) - logits(config, params)).max() > 1e-2
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["tied", "untied", "two segments"])
 def test_depth_and_widths_together_leave_the_named_rows(model):
     config = MODELS[model]
     params = tiny_params(config)
