@@ -58,7 +58,9 @@ def test_an_order_changes_no_score(model, layout):
     assert plan != whole_plan(config)
     placed = jax.device_put(params, param_shardings(config, place))
     _, permuted = prune_model(config, placed, plan, layout=place)
-    np.testing.assert_allclose(logits(config, permuted), logits(config, params), atol=1e-5)
+    # Rounding adds up layer by layer.
+    tolerance = 1e-5 * max(1, len(config.layers) / 3)
+    np.testing.assert_allclose(logits(config, permuted), logits(config, params), atol=tolerance)
 
 
 def masked(config: ModelConfig, params, plan):
