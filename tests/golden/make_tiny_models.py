@@ -195,6 +195,20 @@ MODELS = {
     ),
     "olmo2": Model({**SHAPE, **HEADS, "rope_parameters": ROPE}, family="olmo2"),
     "nemotron": Model({**SHAPE, **HEADS, "head_dim": 8, "mlp_bias": True, "rope_parameters": ROPE}, family="nemotron"),
+    # Of three layers the second does not rotate, and has a window.
+    "smollm3": Model(
+        {
+            **SHAPE,
+            **HEADS,
+            "num_hidden_layers": 3,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "pad_token_id": 0,
+            "rope_parameters": ROPE,
+        },
+        family="smollm3",
+    ),
     # A layer without a mixture; shares that are not renormalised.
     "qwen3_moe": Model(
         {

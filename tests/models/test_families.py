@@ -409,6 +409,15 @@ PUBLISHED = {
         "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "rope_theta": 10000, "hidden_act": "relu2",
         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
     }, 4_190_509_056),
+    # SmolLM3 3B
+    "smollm3": ({
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 65536, "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000.0, "rope_scaling": None, "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9, "layer_types": ["full_attention"] * 36, "max_window_layers": 28,
+        "use_sliding_window": False, "sliding_window": None, "attention_bias": False, "mlp_bias": False,
+        "pretraining_tp": 2,
+    }, 3_075_098_624),
     # Qwen3 30B A3B
     "qwen3_moe": ({
         "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
@@ -481,6 +490,7 @@ def test_attention_factors_of_longer_contexts():
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "longrope"),
         ("olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
         ("nemotron", {"partial_rotary_factor": 0.0}, "partial_rotary_factor"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
     ],
 )  # fmt: skip

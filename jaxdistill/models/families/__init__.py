@@ -14,6 +14,7 @@ from jaxdistill.models.families.olmo2 import OLMO2
 from jaxdistill.models.families.phi3 import PHI3
 from jaxdistill.models.families.qwen import QWEN2, QWEN3
 from jaxdistill.models.families.qwen3_moe import QWEN3_MOE
+from jaxdistill.models.families.smollm3 import SMOLLM3
 
 FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
@@ -28,4 +29,5 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": PHI3,
     "olmo2": OLMO2,
     "nemotron": NEMOTRON,
+    "smollm3": SMOLLM3,
 }

@@ -118,6 +118,7 @@ class Fields:
     def finish(self, *, required: Mapping[str, Any] | None = None, ignored: Sequence[str] = ()) -> None:
         """Refuses, by name, every field that was not asked for and is not known to change nothing. required: fields
         that are read only at one value."""
-        # What was asked for is handled, whatever other families require of it.
-        needed = {name: value for name, value in REQUIRED.items() if name not in self._asked} | dict(required or {})
-        check_fields(WHAT, self._fields, handled={*HARMLESS, *self._asked, *ignored}, required=needed)
+        # What is handled or ignored here is so whatever other families require of it.
+        known = {*self._asked, *ignored}
+        needed = {name: value for name, value in REQUIRED.items() if name not in known} | dict(required or {})
+        check_fields(WHAT, self._fields, handled=HARMLESS | known, required=needed)
