@@ -145,8 +145,8 @@ def test_written_config_is_the_same_to_transformers(name, layout, tmp_path):
         del fields[key]
     file.write_text(json.dumps(fields))
     unrelated = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "transformers_version"}
-    # What layer_types say better.
-    unrelated |= {"max_window_layers", "_sliding_window_pattern"}
+    # What layer_types and no_rope_layers say better.
+    unrelated |= {"max_window_layers", "_sliding_window_pattern", "no_rope_layer_interval"}
     found, expected = (
         {k: v for k, v in AutoConfig.from_pretrained(folder).to_dict().items() if k not in unrelated}
         for folder in (tmp_path / "out", GOLDEN / "tiny_models" / name)
