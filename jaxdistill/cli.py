@@ -240,6 +240,7 @@ def convert(
     destination: Annotated[Positional[str], arg(metavar="DESTINATION")],
     to: Literal["jaxdistill", "hf"] = "jaxdistill",
     dtype: DType = "float32",
+    pad: bool = False,
 ) -> None:
     """Write a model in another format: GGUF, Hugging Face and our checkpoints in, the last two out.
 
@@ -248,10 +249,12 @@ def convert(
         destination: A new directory.
         to: Our checkpoint, or a Hugging Face directory (config.json, safetensors, tokenizer.json).
         dtype: What the parameters are stored as.
+        pad: Make all layers as wide as the widest, with zeros, so that a format for equal layers can hold the model;
+            its outputs stay the same.
     """
     from jaxdistill.jobs.convert import convert_model
 
-    convert_model(source, destination, to=to, dtype=dtype)
+    convert_model(source, destination, to=to, dtype=dtype, pad=pad)
 
 
 def prune(

@@ -118,9 +118,11 @@ class Grid:
 
     def targets(self, config: ModelConfig) -> Iterator[Target]:
         """All combinations, the original's own shape among them."""
-        spec, depth = config.layers[0], len(config.layers)
-        narrowest = min(layer.ffn.mlp for layer in config.layers)
-        embed_divisor = self.embed_divisor or _doubled(spec.mixer.heads, config.embed // 16)
+        depth = len(config.layers)
+        attention = next((layer.mixer for layer in config.layers if layer.mixer is not None), None)
+        kv_heads, all_heads = (1, 1) if attention is None else (attention.kv_heads, attention.heads)
+        narrowest = min((layer.ffn.mlp for layer in config.layers if layer.ffn is not None), default=1)
+        embed_divisor = self.embed_divisor or _doubled(all_heads, config.embed // 16)
         mlp_divisor = self.mlp_divisor or _doubled(1, narrowest // 16)
         axes: dict[str, tuple[int, ...]] = {
             "layers": self.layers or _multiples(depth, self.layers_divisor, self.max_depth_pruning),
@@ -133,7 +135,7 @@ class Grid:
         axes = {name: sizes for name, sizes in axes.items() if sizes}
         for sizes in itertools.product(*axes.values()):
             target = Target(**dict(zip(axes, sizes, strict=True)))
-            groups, size = target.kv_heads or spec.mixer.kv_heads, spec.mixer.heads // spec.mixer.kv_heads
+            groups, size = target.kv_heads or kv_heads, all_heads // kv_heads
             heads = target.heads or groups * size
             # Every key-value head has equally many query heads, no more than it had.
             if heads % groups == 0 and heads <= groups * size:

@@ -153,24 +153,27 @@ NormPlaces = Literal["pre", "post", "both"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One block: a mixer and an ffn, each with norms of its own. Layers of a pruned model may differ."""
+    """One block: a mixer and an ffn, each with norms of its own. Layers of a pruned model may differ, and lack either
+    half, with its norms."""
 
-    mixer: Attention
-    ffn: FFN
+    mixer: Attention | None
+    ffn: FFN | None
     norms: NormPlaces = "pre"
     """Where mixer and ffn have a norm: of what they read, of what they add to the residual stream, or both."""
 
     @property
     def stored(self) -> LayerSpec:
         """This layer without what no parameter's shape tells: layers with the same are kept in one stack."""
-        return dataclasses.replace(
-            self, mixer=dataclasses.replace(self.mixer, rope=None, window=None, scale=None, soft_cap=None)
-        )
+        if self.mixer is None:
+            return self
+        mixer = dataclasses.replace(self.mixer, rope=None, window=None, scale=None, soft_cap=None)
+        return dataclasses.replace(self, mixer=mixer)
 
     @property
     def widths(self) -> dict[str, int]:
         """The sizes of this layer's own axes that pruning may cut, by axis name; without those that it lacks."""
-        sizes = dataclasses.asdict(self.mixer) | dataclasses.asdict(self.ffn)
+        halves = [dataclasses.asdict(half) for half in (self.mixer, self.ffn) if half is not None]
+        sizes = {name: value for half in halves for name, value in half.items()}
         return {axis: sizes[axis] for axis in WIDTH_AXES if axis in sizes}
 
     @property
@@ -182,6 +185,8 @@ class LayerSpec:
         """This layer with other sizes of those axes."""
 
         def resized(part: Any) -> Any:
+            if part is None:
+                return None
             names = {field.name for field in dataclasses.fields(part)}
             return dataclasses.replace(part, **{name: size for name, size in widths.items() if name in names})
 

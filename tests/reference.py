@@ -37,16 +37,19 @@ def hidden(config: ModelConfig, parameters, tokens, positions, segment_ids, poin
     for i, spec in enumerate(config.layers):
         layer = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
         seen = {"input": x}
-        normed = norm(config, layer, "mixer.norm", x) if spec.norms != "post" else x
-        heads = attention(config, spec.mixer, layer, normed, positions, segment_ids, seen)
-        mixed = np.einsum("bthd,hde->bte", heads, layer["mixer.output.kernel"]) + layer.get("mixer.output.bias", 0)
-        x = x + (norm(config, layer, "mixer.post_norm", mixed) if spec.norms != "pre" else mixed)
-        seen |= {"mixer_normed": normed, "heads": heads}
-        normed = norm(config, layer, "ffn.norm", x) if spec.norms != "post" else x
-        run = {MixtureOfExperts: mixture, PlainMLP: plain_mlp, GatedMLP: gated_mlp}[type(spec.ffn)]
-        transformed, mlp_seen = run(spec.ffn, layer, normed)
-        x = x + (norm(config, layer, "ffn.post_norm", transformed) if spec.norms != "pre" else transformed)
-        seen |= {"ffn_normed": normed, **mlp_seen, "output": x}
+        if spec.mixer is not None:
+            normed = norm(config, layer, "mixer.norm", x) if spec.norms != "post" else x
+            heads = attention(config, spec.mixer, layer, normed, positions, segment_ids, seen)
+            mixed = np.einsum("bthd,hde->bte", heads, layer["mixer.output.kernel"]) + layer.get("mixer.output.bias", 0)
+            x = x + (norm(config, layer, "mixer.post_norm", mixed) if spec.norms != "pre" else mixed)
+            seen |= {"mixer_normed": normed, "heads": heads}
+        if spec.ffn is not None:
+            normed = norm(config, layer, "ffn.norm", x) if spec.norms != "post" else x
+            run = {MixtureOfExperts: mixture, PlainMLP: plain_mlp, GatedMLP: gated_mlp}[type(spec.ffn)]
+            transformed, mlp_seen = run(spec.ffn, layer, normed)
+            x = x + (norm(config, layer, "ffn.post_norm", transformed) if spec.norms != "pre" else transformed)
+            seen |= {"ffn_normed": normed, **mlp_seen}
+        seen |= {"output": x}
         if points is not None:
             points.append(seen)
     return norm(config, p, "final_norm", x)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILY_CASES, LAYOUTS, family_models, llama
+from tiny import FAMILY_CASES, LAYOUTS, family_models, lacking, llama
 
 from jaxdistill.generate import Sampling, generate, sample
 from jaxdistill.models.decoder import Rows, apply, apply_cached, init_cache, scores
@@ -49,10 +49,10 @@ def test_greedy_is_the_argmax_of_repeated_full_passes(config):
         assert continuation == text[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["mixed", *FAMILY_CASES])
+@pytest.mark.parametrize("name", ["mixed", "lacking", *FAMILY_CASES])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_cached_hidden_states_equal_whole_rows(side, name):
-    config = MIXED if name == "mixed" else family_models()[name]
+    config = {"mixed": MIXED, "lacking": lacking(), **family_models()}[name]
     params = spread_out(config)
     rng = np.random.default_rng(0)
     rows, extra, longest = 3, 4, 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,20 @@ def llama(
 def family_models() -> dict[str, ModelConfig]:
     """A tiny model of every family, as the committed checkpoints have them."""
     return {folder.name: model_config(folder) for folder in sorted(TINY_MODELS.iterdir())}
+
+
+def lacking() -> ModelConfig:
+    """A model of whose layers one has no attention, one no feed-forward, and one neither; widths differ."""
+    whole = llama(layers=1).layers[0]
+    thin = llama(layers=1, heads=2, kv_heads=1, mlp=12).layers[0]
+    layers = (
+        dataclasses.replace(whole, mixer=None),
+        whole,
+        dataclasses.replace(thin, ffn=None),
+        dataclasses.replace(whole, mixer=None, ffn=None),
+        thin,
+    )
+    return dataclasses.replace(llama(tied=False), layers=layers)
 
 
 TINY_MODELS = Path(__file__).parent / "golden" / "tiny_models"

@@ -28,7 +28,7 @@ from jaxdistill.checkpoint import arrays
 from jaxdistill.checkpoint.arrays import CheckpointError, LeafSpec
 from jaxdistill.checkpoint.documents import from_dict, to_dict
 from jaxdistill.formats.paths import atomic_directory, local_path, write_text
-from jaxdistill.models.schema import abstract_params, param_shardings
+from jaxdistill.models.schema import abstract_params, param_shardings, segment_of
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import LayerSpec, ModelConfig
 from jaxdistill.types import Params
@@ -208,8 +208,8 @@ def _abstract(config: ModelConfig, sizes: tuple[int, ...] | list[int], layout: L
             param_shardings(part, layout),
         )
 
-    segments = [of(dataclasses.replace(config, layers=run))["segments"]["0"] for run in _runs(config, sizes)]
-    return of(config) | {"segments": {str(i): segment for i, segment in enumerate(segments)}}
+    segments = [segment_of(of(dataclasses.replace(config, layers=run)), "0") for run in _runs(config, sizes)]
+    return of(config) | {"segments": {str(i): segment for i, segment in enumerate(segments) if segment}}
 
 
 def _check(saved: Mapping[str, LeafSpec], config: ModelConfig, sizes: tuple[int, ...] | list[int], what: str) -> None:
@@ -230,12 +230,14 @@ def _join_segments(config: ModelConfig, sizes: tuple[int, ...], params: Params, 
         while covered < size:
             covered += sizes[last]
             last += 1
-        parts = [params["segments"][str(i)] for i in range(first, last)]
+        parts = [segment_of(params, str(i)) for i in range(first, last)]
+        first = last
+        if not any(parts):
+            continue
         joined[str(index)] = jax.jit(
             lambda *parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts),
-            out_shardings=param_shardings(config, layout)["segments"][str(index)],
+            out_shardings=segment_of(param_shardings(config, layout), str(index)),
         )(*parts)
-        first = last
     return params | {"segments": joined}
 
 

@@ -16,7 +16,7 @@ from jaxdistill.models.families.family import axis_sizes
 from jaxdistill.models.load import open_checkpoint
 from jaxdistill.models.schema import count_parameters, param_axes, schema
 from jaxdistill.partition import names
-from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig, PlainMLP
+from jaxdistill.specs import FFN, Attention, LayerSpec, MixtureOfExperts, ModelConfig, PlainMLP
 from jaxdistill.tokenizers import Tokenizer, TokenizerError, load_tokenizer
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
@@ -91,13 +91,23 @@ def _layer_facts(config: ModelConfig) -> Iterable[tuple[str, str]]:
 
 
 def _layer(spec: LayerSpec) -> str:
-    mixer, ffn = spec.mixer, spec.ffn
+    return f"{_mixer(spec.mixer)}; {_ffn(spec.ffn)}"
+
+
+def _mixer(mixer: Attention | None) -> str:
+    if mixer is None:
+        return "no attention"
     heads = f"{mixer.heads} heads of {mixer.head_dim}, {mixer.kv_heads} key-value heads"
     rope = "no rope" if mixer.rope is None else f"rope theta {mixer.rope.theta:g}"
-    window = "" if mixer.window is None else f", window {mixer.window:,}"
+    return f"attention {heads}, {rope}" + ("" if mixer.window is None else f", window {mixer.window:,}")
+
+
+def _ffn(ffn: FFN | None) -> str:
+    if ffn is None:
+        return "no mlp"
     of_each = f"{ffn.experts_per_token} of {ffn.experts} experts, each " if isinstance(ffn, MixtureOfExperts) else ""
     gated = "" if isinstance(ffn, PlainMLP) else "gated "
-    return f"attention {heads}, {rope}{window}; {of_each}{ffn.activation} {gated}mlp {ffn.mlp:,}"
+    return f"{of_each}{ffn.activation} {gated}mlp {ffn.mlp:,}"
 
 
 def _tokenizer_facts(path: str) -> Iterable[tuple[str, str]]:

@@ -57,7 +57,7 @@ def active_parameters(config: ModelConfig) -> int:
 
 def cache_bytes(config: ModelConfig, workload: Workload) -> float:
     """Keys and values of all rows at their full length."""
-    numbers = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in config.layers)
+    numbers = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in config.layers if layer.mixer)
     return numbers * workload.batch_size * workload.length * workload.number_bytes
 
 
@@ -85,7 +85,8 @@ def latency_seconds(config: ModelConfig, workload: Workload, hardware: Hardware)
         return max(flops / hardware.flops_per_second, moved / hardware.bytes_per_second)
 
     def layer(index: int, spec: LayerSpec, tokens: float, keys: float) -> float:
-        width, stored = spec.mixer.heads * spec.mixer.head_dim, 2 * spec.mixer.kv_heads * spec.mixer.head_dim
+        heads = (0, 0, 0) if spec.mixer is None else (spec.mixer.heads, spec.mixer.kv_heads, spec.mixer.head_dim)
+        width, stored = heads[0] * heads[2], 2 * heads[1] * heads[2]
         mixer, ffn, experts = (sizes[index].get(name, 0) for name in ("mixer", "ffn", "experts"))
         attention = part(mixer, tokens, attended=width * tokens * keys, read=mixer + stored * rows * keys)
         share = chosen_share(spec)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxdistill.models.attention import RopeTable, Scoring, attend, causal_attention, query_block, rope_table
 from jaxdistill.models.embedding import look_up
 from jaxdistill.models.modules import Attend, Block, Context, stream_norm
-from jaxdistill.models.schema import segment_bounds
+from jaxdistill.models.schema import segment_bounds, segment_of
 from jaxdistill.models.suffixes import NONE, WINDOW, longest_suffixes
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig, Rope
@@ -39,6 +39,15 @@ mixture of experts for each choice of a token, [batch, length, choices, mlp].
 MIXTURE_TAP_POINTS = ("chosen_experts", "experts")
 """What only layers with a mixture have besides. "chosen_experts": their indices, [batch, length, choices]. "experts":
 what each of them adds to the stream, [batch, length, choices, embed]."""
+
+
+def tap_points(spec: LayerSpec) -> tuple[str, ...]:
+    """The points that such a layer has."""
+    of_mixer = ("mixer_normed", "query", "key", "value", "heads")
+    lacking = {*(of_mixer if spec.mixer is None else ()), *(("ffn_normed", "mlp") if spec.ffn is None else ())}
+    more = MIXTURE_TAP_POINTS if isinstance(spec.ffn, MixtureOfExperts) else ()
+    return tuple(point for point in TAP_POINTS + more if point not in lacking)
+
 
 GATE_POINTS = ("mixer_normed", "heads", "ffn_normed", "mlp", "experts", "layer")
 """Where a layer's parts may be multiplied by factors; "layer" is all that it adds to the residual stream. In a mixture
@@ -145,7 +154,7 @@ def apply(
                 results.append(result)
             return x, jax.tree.map(lambda *each: jnp.stack(each), *results)
 
-        stacked = params["segments"][run.segment], dict(gates.get(run.segment, {}))
+        stacked = segment_of(params, run.segment), dict(gates.get(run.segment, {}))
         x, results = jax.lax.scan(period, x, run.of(stacked), length=run.repeats)
         for name, result in jax.tree.map(run.in_a_row, results).items():
             seen[name].append(result)
@@ -167,7 +176,8 @@ def init_cache(
     """An empty cache for `batch` rows of up to `slots` tokens, in the activation dtype."""
 
     def zeros(size: int, spec: LayerSpec) -> Array:
-        shape = (size, batch, spec.mixer.kv_heads, slots, spec.mixer.head_dim)
+        heads = (0, 0) if spec.mixer is None else (spec.mixer.kv_heads, spec.mixer.head_dim)
+        shape = (size, batch, heads[0], slots, heads[1])
         return layout.constrain(jnp.zeros(shape, execution.dtype), CACHE_AXES)
 
     return Cache(
@@ -236,12 +246,12 @@ def apply_cached(
                     return functools.partial(attend_cached, scoring, keys, values, index)
 
                 x, points = _merge(spec, config, here)(x, dataclasses.replace(context, attend=attend_here))
-                keys, values = points["memory"]
+                keys, values = points.get("memory", (keys, values))
             return (x, keys, values), None
 
         name, indices = run.segment, jnp.arange(run.offset, run.offset + run.repeats * len(run.specs))
         carry = (x, new_keys[name], new_values[name])
-        given = run.of(params["segments"][name]), indices.reshape(run.repeats, len(run.specs))
+        given = run.of(segment_of(params, name)), indices.reshape(run.repeats, len(run.specs))
         (x, new_keys[name], new_values[name]), _ = jax.lax.scan(period, carry, given)
     hidden = _finish(config, params, x, layout, execution)
     used = start + rows.tokens.shape[1]
@@ -266,7 +276,7 @@ def _context(
     config: ModelConfig, rows: TokenRows, attend: Any, layout: Layout, execution: Execution, *, length: int
 ) -> Context:
     """Rotary tables are made here, once per distinct rope, outside the layer scans. length: of whole rows."""
-    kinds = {(spec.mixer.rope, spec.mixer.head_dim) for spec in config.layers}
+    kinds = {(spec.mixer.rope, spec.mixer.head_dim) for spec in config.layers if spec.mixer is not None}
     ropes: dict[tuple[Rope, int], RopeTable] = {
         (rope, head_dim): rope_table(rope, head_dim, rows.positions, length=length)
         for rope, head_dim in kinds
@@ -400,8 +410,7 @@ def _check_taps(config: ModelConfig, taps: Mapping[str, Tap]) -> None:
         depth = len(config.layers)
         layers = tap.layers
         tapped = [config.layers[i] for i in (range(depth) if layers is None else layers) if 0 <= i < depth]
-        mixtures = all(isinstance(layer.ffn, MixtureOfExperts) for layer in tapped)
-        points = TAP_POINTS + (MIXTURE_TAP_POINTS if mixtures else ())
+        points = tuple(p for p in TAP_POINTS + MIXTURE_TAP_POINTS if all(p in tap_points(layer) for layer in tapped))
         unknown = [p for p in tap.points if p not in points]
         if unknown:
             raise ValueError(f"tap {name!r} asks for the points {unknown}; allowed are {points}.")

@@ -83,12 +83,19 @@ def check_exportable(config: ModelConfig) -> dict[str, Any]:
         )
     if config.family not in FAMILIES:
         raise ConfigError(f"the model's family is {config.family!r}; allowed are {', '.join(FAMILIES)}.")
+    lacking = [layer for layer, spec in enumerate(config.layers) if spec.mixer is None or spec.ffn is None]
+    if lacking:
+        raise ConfigError(
+            f"the layers {lacking} lack attention or feed-forward, which a Hugging Face config.json cannot say. Pad "
+            "the model (`--pad`; its outputs stay the same), or keep it as a checkpoint of ours."
+        )
     family = FAMILIES[config.family]
     fields = family.to_hf(config)
     if differences := _differences(config, family.from_hf(fields)):
         raise ConfigError(
-            f"a Hugging Face config.json of {config.family} cannot say what this model is: {differences}. Make it so "
-            "that it can (all layers of the same sizes, as a rule), or keep it as a checkpoint of ours."
+            f"a Hugging Face config.json of {config.family} cannot say what this model is: {differences}. Where only "
+            "sizes differ from layer to layer, pad it (`--pad`; its outputs stay the same); or keep it as a checkpoint "
+            "of ours."
         )
     return fields
 

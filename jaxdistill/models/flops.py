@@ -39,7 +39,8 @@ def forward_flops(config: ModelConfig, length: int) -> float:
         width = length if window is None else min(window, length)
         return width - width**2 / (2 * length)
 
-    attention = sum(4 * x.mixer.heads * x.mixer.head_dim * seen(x.mixer.window) for x in config.layers)
+    mixers = [layer.mixer for layer in config.layers if layer.mixer is not None]
+    attention = sum(4 * mixer.heads * mixer.head_dim * seen(mixer.window) for mixer in mixers)
     return 2 * product_parameters(config) + attention
 
 

@@ -270,10 +270,12 @@ class MixtureFFN(Normed):
 
 
 class Block(nnx.Module):
-    """One layer: x + mixer(x), then + ffn of that."""
+    """One layer: x + mixer(x), then + ffn of that; without the half that it lacks."""
 
     def __init__(self, spec: LayerSpec, config: ModelConfig):
-        self.mixer = AttentionMixer(spec.mixer, spec.norms, config)
+        self.spec = spec
+        if spec.mixer is not None:
+            self.mixer = AttentionMixer(spec.mixer, spec.norms, config)
         match spec.ffn:
             case GatedMLP():
                 self.ffn = GatedFFN(spec.ffn, spec.norms, config)
@@ -283,13 +285,17 @@ class Block(nnx.Module):
                 self.ffn = MixtureFFN(spec.ffn, spec.norms, config)
 
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
-        mixed, mixer_points = self.mixer(x, context)
-        middle = x + mixed
-        transformed, ffn_points = self.ffn(middle, context)
-        output = context.layout.constrain(middle + transformed, ("batch", "length", None))
+        points, output = {"input": x}, x
+        if self.spec.mixer is not None:
+            mixed, found = self.mixer(output, context)
+            output, points = output + mixed, points | found
+        if self.spec.ffn is not None:
+            transformed, found = self.ffn(output, context)
+            output, points = output + transformed, points | found
+        output = context.layout.constrain(output, ("batch", "length", None))
         if "layer" in context.gates:
             output = x + context.gated("layer", output - x)
-        return output, {"input": x, **mixer_points, **ffn_points, "output": output}
+        return output, {**points, "output": output}
 
 
 class Table(nnx.Module):

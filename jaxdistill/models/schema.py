@@ -136,6 +136,11 @@ def nested(leaves: Mapping[Path, Any]) -> Params:
     return tree
 
 
+def segment_of(params: Params, segment: str) -> Params:
+    """The stacked leaves of a segment; none of layers that have no parameters."""
+    return params.get("segments", {}).get(segment, {})
+
+
 def leaf_at(params: Params, path: Path) -> Any:
     """The leaf of the tree at a path."""
     for key in path:

@@ -75,10 +75,11 @@ def weight_magnitude(config: ModelConfig, params: Params, layout: Layout = Layou
         return found
 
     found = jax.tree.map(lambda x: np.sqrt(np.asarray(x, np.float64)), squares(params))
-    segments = [found[str(i)] for i in range(len(config.segments))]
+    segments = [found.get(str(i), {}) for i in range(len(config.segments))]
+    both = zip(segments, config.segments, strict=True)
     return Importance(
         embed=found["model"]["embed"],
-        layers=np.concatenate([each["layers"] for each in segments]),
+        layers=np.concatenate([each.get("layers", np.zeros(size)) for each, (size, _) in both]),
         widths={
             axis: tuple(
                 row

@@ -94,8 +94,10 @@ def choose(
         found = _heads(spec, given, target, sort=sort) | _neurons(f"layer {layer}", spec, given, target, mlp, sort=sort)
         for axis in config.width_axes:
             widths[axis].append(found.get(axis, ()))
-        size = spec.mixer.heads // spec.mixer.kv_heads
-        partners.append(_partners(found["heads"], size, given["heads"]) if merge_heads else found["heads"])
+        heads = found.get("heads", ())
+        if merge_heads and spec.mixer is not None:
+            heads = _partners(heads, spec.mixer.heads // spec.mixer.kv_heads, given["heads"])
+        partners.append(heads)
     embed = _best("embed", scores.embed, config.embed if target.embed is None else target.embed)
     return PrunePlan(
         source=Shape.of(config),
@@ -139,11 +141,15 @@ def _mlp_sizes(config: ModelConfig, target: Target, layers: Sequence[int]) -> tu
                 f"mlp gives {len(target.mlp)} sizes for {len(layers)} kept layers; give one for each, or one for all."
             )
         return target.mlp
-    return tuple(config.layers[layer].ffn.mlp if target.mlp is None else target.mlp for layer in layers)
+    if target.mlp is not None:
+        return (target.mlp,) * len(layers)
+    return tuple(config.layers[layer].widths.get("mlp", 0) for layer in layers)
 
 
 def _heads(spec: LayerSpec, scores: Mapping[str, np.ndarray], target: Target, *, sort: bool) -> dict[str, Indices]:
-    """Kept key-value heads, and kept query heads in their order."""
+    """Kept key-value heads, and kept query heads in their order; nothing of a layer without attention."""
+    if spec.mixer is None:
+        return {}
     kv_heads, size = spec.mixer.kv_heads, spec.mixer.heads // spec.mixer.kv_heads
     keep_groups = kv_heads if target.kv_heads is None else target.kv_heads
     keep = size * keep_groups if target.heads is None else target.heads
@@ -160,7 +166,10 @@ def _heads(spec: LayerSpec, scores: Mapping[str, np.ndarray], target: Target, *,
 def _neurons(
     where: str, spec: LayerSpec, scores: Mapping[str, np.ndarray], target: Target, mlp: int, *, sort: bool
 ) -> dict[str, Indices]:
-    """Kept neurons; in a mixture kept experts, and of each as many neurons, in their order."""
+    """Kept neurons; in a mixture kept experts, and of each as many neurons, in their order; nothing of a layer without
+    feed-forward."""
+    if spec.ffn is None:
+        return {}
     if not isinstance(spec.ffn, MixtureOfExperts):
         return {"mlp": _ordered(_best(f"mlp of {where}", scores["mlp"], mlp), sort)}
     keep, least = spec.ffn.experts if target.experts is None else target.experts, spec.ffn.experts_per_token

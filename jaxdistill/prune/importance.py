@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdistill.formats.paths import atomic_file, local_path
+from jaxdistill.models.decoder import tap_points
 from jaxdistill.prune.block_influence import block_influence_tap
 from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
 from jaxdistill.types import Mean, Tap
@@ -86,10 +87,13 @@ def importance_taps(config: ModelConfig, *, sequence: Aggregation = "mean") -> d
 
     def reduce(values: Mapping[str, Array], mask: Float[Array, "batch length"], spec: LayerSpec) -> dict[str, Any]:
         found = {
-            "heads": _moments(values["heads"], mask, sequence),
-            "embed": [_moments(values[point], mask, sequence) for point in ("mixer_normed", "ffn_normed")],
+            "embed": [_moments(values[p], mask, sequence) for p in ("mixer_normed", "ffn_normed") if p in values],
             "layers": influence.reduce(values, mask),
         }
+        if spec.mixer is not None:
+            found["heads"] = _moments(values["heads"], mask, sequence)
+        if spec.ffn is None:
+            return found
         if not isinstance(spec.ffn, MixtureOfExperts):
             return found | {"mlp": _moments(values["mlp"], mask, sequence)}
         chosen = jax.nn.one_hot(values["chosen_experts"], spec.ffn.experts) * (mask > 0)[..., None, None]
@@ -97,12 +101,12 @@ def importance_taps(config: ModelConfig, *, sequence: Aggregation = "mean") -> d
         experts = Mean(jnp.einsum("blc,blce->e", norms, chosen, precision="highest"), chosen.sum((0, 1, 2)))
         return found | {"experts": experts, "mlp": _expert_moments(values["mlp"], chosen, sequence)}
 
-    points = ("input", "mixer_normed", "heads", "ffn_normed", "mlp", "output")
+    points = ("input", "mixer_normed", "heads", "ffn_normed", "mlp", "chosen_experts", "experts", "output")
     taps, first = {}, 0
     # Segments may differ in width, and so in the shape of their results.
     for segment, (size, spec) in enumerate(config.segments):
         taps[str(segment)] = Tap(
-            points=points + (("chosen_experts", "experts") if "experts" in spec.widths else ()),
+            points=tuple(point for point in points if point in tap_points(spec)),
             reduce=functools.partial(reduce, spec=spec),
             layers=tuple(range(first, first + size)),
         )
@@ -128,13 +132,16 @@ def importance(config: ModelConfig, sums: Sums, *, batch: Aggregation = "l2") ->
     widths: dict[str, list[np.ndarray]] = {axis: [] for axis in config.width_axes}
     for found, (size, spec) in zip(segments, config.segments, strict=True):
         embed += sum(_over_rows(each, batch).sum(0) for each in found["embed"])
-        heads = np.linalg.norm(_over_rows(found["heads"], batch), axis=-1)
-        groups = heads.reshape(len(heads), spec.mixer.kv_heads, -1)
-        widths["mlp"] += list(_over_rows(found["mlp"], batch).reshape(size, -1))
-        if "experts" in widths:
-            widths["experts"] += list(found["experts"].value if "experts" in found else np.zeros((size, 0)))
-        widths["heads"] += list(heads)
-        widths["kv_heads"] += list(np.linalg.norm(groups, axis=-1))
+        own: dict[str, np.ndarray] = {}
+        if spec.mixer is not None:
+            heads = own["heads"] = np.linalg.norm(_over_rows(found["heads"], batch), axis=-1)
+            own["kv_heads"] = np.linalg.norm(heads.reshape(size, spec.mixer.kv_heads, -1), axis=-1)
+        if spec.ffn is not None:
+            own["mlp"] = _over_rows(found["mlp"], batch).reshape(size, -1)
+        if "experts" in found:
+            own["experts"] = found["experts"].value
+        for axis in widths:
+            widths[axis] += list(own.get(axis, np.zeros((size, 0))))
         influence: Mean = found["layers"]
         layers.append(np.asarray(influence.value))
     return Importance(

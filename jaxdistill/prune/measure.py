@@ -16,11 +16,11 @@ from jaxtyping import Array, Float
 from jaxdistill.data.pipeline import DataConfig, make_loader
 from jaxdistill.losses.chunked import default_chunk, evaluate_terms
 from jaxdistill.losses.terms import CrossEntropy
-from jaxdistill.models.decoder import Execution, Gates, apply
+from jaxdistill.models.decoder import GATE_POINTS, Execution, Gates, apply
 from jaxdistill.prune.baselines import random_importance, weight_magnitude
 from jaxdistill.prune.importance import Aggregation, Importance, add, importance, importance_taps
 from jaxdistill.sharding import Layout, put_batch
-from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
+from jaxdistill.specs import LayerSpec, ModelConfig
 from jaxdistill.tokenizers import Tokenizer
 from jaxdistill.types import Batch, Params, as_batch
 
@@ -180,10 +180,9 @@ def open_gates(config: ModelConfig, rows: int) -> dict[str, dict[str, Array]]:
     """A factor of 1 for every part of every layer, and for each row one of its own."""
 
     def ones(size: int, spec: LayerSpec) -> dict[str, Array]:
-        parts = {"mixer_normed": config.embed, "ffn_normed": config.embed, "heads": spec.mixer.heads}
-        parts |= {"mlp": spec.parts["mlp"], "layer": 1}
-        if isinstance(spec.ffn, MixtureOfExperts):
-            parts["experts"] = spec.ffn.experts
+        parts = {axis: count for axis, count in spec.parts.items() if axis in GATE_POINTS} | {"layer": 1}
+        halves = (("mixer_normed", spec.mixer), ("ffn_normed", spec.ffn))
+        parts |= {point: config.embed for point, half in halves if half is not None}
         return {point: jnp.ones((size, rows, count)) for point, count in parts.items()}
 
     return {str(i): ones(*segment) for i, segment in enumerate(config.segments)}
@@ -194,13 +193,15 @@ def _absolute(config: ModelConfig, slopes: Gates) -> Importance:
 
     The widths are arrays [layers of a segment, parts] in the order of the segments; layers are rows of them.
     """
-    embed = sum(slopes[s][point].sum(0) for s in slopes for point in ("mixer_normed", "ffn_normed"))
+    embed = sum(s[point].sum(0) for s in slopes.values() for point in ("mixer_normed", "ffn_normed") if point in s)
     widths: dict[str, list[Array]] = {axis: [] for axis in config.width_axes}
     layers = []
     for segment, (size, spec) in enumerate(config.segments):
         found = slopes[str(segment)]
-        groups = found["heads"].reshape(size, found["heads"].shape[1], spec.mixer.kv_heads, -1).sum(-1)
-        own = {**found, "kv_heads": groups}
+        own = dict(found)
+        if spec.mixer is not None:
+            rows = found["heads"].shape[1]
+            own["kv_heads"] = found["heads"].reshape(size, rows, spec.mixer.kv_heads, -1).sum(-1)
         for axis in config.width_axes:
             widths[axis] += list(jnp.abs(own[axis]).sum(1) if axis in own else jnp.zeros((size, 0)))
         layers.append(jnp.abs(found["layer"]).sum((1, 2)))

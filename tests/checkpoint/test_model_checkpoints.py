@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_cases import all_bits, layout, put
+from tiny import family_models, lacking
 
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.model import describe, is_model, load_model_checkpoint, save_model
@@ -44,6 +45,17 @@ def test_a_model_is_read_back_exactly_on_every_mesh(tmp_path):
         assert loaded_config == config
         assert all_bits(loaded) == all_bits(params)
         assert jax.tree.map(lambda x: x.sharding, loaded) == param_shardings(config, where)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe", "phi3_long", "nemotron", "lacking"])
+def test_layers_that_differ_in_more_than_their_widths_are_read_back(name, tmp_path):
+    """Windows and rotations that change within one stack, layers without a mixture, without halves."""
+    config = lacking() if name == "lacking" else family_models()[name]
+    params = params_of(config)
+    save_model(tmp_path / "model", config, params)
+    loaded_config, loaded = load_model_checkpoint(tmp_path / "model", layout=layout(fsdp=2, tensor=2))
+    assert loaded_config == config
+    assert all_bits(loaded) == all_bits(params)
 
 
 @pytest.mark.parametrize(("saved", "asked"), [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)])

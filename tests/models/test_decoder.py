@@ -94,6 +94,13 @@ MODELS = {
         layer(gate=False, activation="relu2", rope=Rope(fraction=0.5), head_dim=8),
         norm=Norm(kind="layer", one_plus=True, bias=True),
     ),
+    "halves that lack": model(
+        layer(),
+        dataclasses.replace(layer(), mixer=None),
+        dataclasses.replace(layer(), ffn=None),
+        dataclasses.replace(layer(), mixer=None, ffn=None),
+        layer(),
+    ),
     "turns of three and a rest": model(*[LOCAL, LOCAL, layer()] * 2, LOCAL, LOCAL),
 }
 

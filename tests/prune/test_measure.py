@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LAYOUTS, llama, packed_batch
+from tiny import LAYOUTS, family_models, lacking, llama, packed_batch, slow
 from tiny import params as tiny_params
 
 from jaxdistill.losses.scores import Scores
 from jaxdistill.losses.terms import forward_kl
 from jaxdistill.models.decoder import apply, scores
 from jaxdistill.models.schema import param_shardings, unstack
+from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.depth import best_window, layers_when_dropped, without_layers
 from jaxdistill.prune.measure import Activations, Calibration, MaskGradients, RandomScores, WeightMagnitude
 from jaxdistill.prune.plan import depth_plan
@@ -105,6 +106,21 @@ def test_every_scorer_gives_the_same_on_a_mesh(scorer):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), mesh, one)
     assert [len(scores) for scores in one.widths["mlp"]] == [32, 32, 20]
     assert (one.embed.shape, one.layers.shape) == ((16,), (3,))
+
+
+@pytest.mark.parametrize("scorer", [Activations(), MaskGradients(), WeightMagnitude()])
+@pytest.mark.parametrize("name", ["lacking", "gemma3", slow("qwen3_moe")])
+def test_every_scorer_scores_what_there_is(scorer, name):
+    """Parts of halves that a layer lacks are none, and the rest can be cut."""
+    config = lacking() if name == "lacking" else family_models()[name]
+    batches = [packed_batch(1, vocab=config.vocab)]
+    found = scorer(calibration(batches=batches, config=config))
+    for axis, scores_ in found.widths.items():
+        assert [len(each) for each in scores_] == [spec.parts.get(axis, 0) for spec in config.layers]
+        assert all((each > 0).any() for each in scores_ if len(each))
+    smaller, params = prune_model(config, tiny_params(config), choose(config, found, Target(embed=12, mlp=6)))
+    assert {spec.widths["mlp"] for spec in smaller.layers if spec.ffn is not None} == {6}
+    assert np.isfinite(apply(smaller, params, batches[0]).hidden).all()
 
 
 def test_batches_of_mask_gradients_are_one_large_batch():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILY_CASES, LAYOUTS, family_models, llama, packed_batch
+from tiny import FAMILY_CASES, LAYOUTS, family_models, lacking, llama, packed_batch
 from tiny import params as tiny_params
 
 from jaxdistill.models.decoder import apply, scores
@@ -26,9 +26,10 @@ MODELS = {
     "tied": llama(layers=2),
     "untied": UNTIED,
     "two segments": dataclasses.replace(UNTIED, layers=(*UNTIED.layers, THIN)),
+    "lacking": lacking(),
     **family_models(),
 }
-CASES = ["tied", "untied", "two segments", *FAMILY_CASES]
+CASES = ["tied", "untied", "two segments", "lacking", *FAMILY_CASES]
 
 
 def logits(config: ModelConfig, params, rows=None):
