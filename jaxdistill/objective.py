@@ -15,11 +15,12 @@ from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import evaluate_terms, term_coefficients, term_values
 from jaxdistill.losses.dual_space import DSKD
 from jaxdistill.losses.hidden import HiddenMatch
+from jaxdistill.losses.router import RouterBalance, RouterTerm, RouterZ
 from jaxdistill.losses.terms import Term
 from jaxdistill.sharding import Layout
 from jaxdistill.types import Batch, Mean, Outputs, PairedBatch, Params, at_step
 
-AnyTerm = Term | HiddenMatch | ALM | DSKD
+AnyTerm = Term | HiddenMatch | ALM | DSKD | RouterBalance | RouterZ
 
 Weighting = Literal["fixed", "gradient_magnitude"]
 """How terms are added up. "fixed": each times its weight. "gradient_magnitude": each times its weight ÷ the norm of its
@@ -81,7 +82,7 @@ class Objective:
         """The terms that `means` leaves out of the loss: `factors` tell what their totals are multiplied by."""
         if isinstance(batch, PairedBatch) or self.weighting != "fixed":
             return dict(self.terms)
-        return {name: term for name, term in self.terms.items() if isinstance(term, HiddenMatch)}
+        return {name: term for name, term in self.terms.items() if isinstance(term, HiddenMatch | RouterTerm)}
 
     def means(
         self, seen: Seen, batch: Batch, parameters: Params, known: Known
@@ -97,6 +98,8 @@ class Objective:
                 if isinstance(batch, PairedBatch):
                     own, theirs, mask = at_chunk_ends(batch, own, theirs)
                 means[name] = term(own, theirs, mask, parameters.get(name, {}))
+            elif isinstance(term, RouterTerm):
+                means[name] = term(outputs.taps[name])
         if self.corrected and taught is not None:
             rows, layout = (
                 batch.teacher if isinstance(batch, PairedBatch) else batch,
@@ -116,7 +119,7 @@ class Objective:
         return loss, means
 
     def _on_scores(self, outputs, signal, batch, parameters, known: Known) -> tuple[Float[Array, ""], dict[str, Mean]]:
-        terms = {name: term for name, term in self.terms.items() if not isinstance(term, HiddenMatch)}
+        terms = {n: term for n, term in self.terms.items() if not isinstance(term, HiddenMatch | RouterTerm)}
         options: dict[str, Any] = {
             "parameters": {name: given for name, given in parameters.items() if name in terms},
             "step": known.step,
@@ -150,7 +153,7 @@ class Objective:
         batch, for the factors of plain means.
         """
         averaged = self.averaged(batch)
-        shares = jax.lax.stop_gradient({name: _share(means[name]) for name in averaged})
+        shares = jax.lax.stop_gradient({name: self._share(name, means[name]) for name in averaged})
         if self.weighting != "fixed":
             return self._emphasised(shares, squares(shares), known)
         weights = {name: at_step(term.weight, known.step) for name, term in averaged.items()}
@@ -175,7 +178,7 @@ class Objective:
         _, means = self.means(seen, batch, parameters, known)
         averaged = self.averaged(batch)
         balances = {n: term.balance for n, term in averaged.items() if isinstance(term, HiddenMatch) and term.balance}
-        totals = {*balances, *balances.values()}
+        totals = {*balances, *balances.values()} | {n for n, t in averaged.items() if isinstance(t, RouterTerm)}
         return {
             name: mean if name in totals else dataclasses.replace(mean, total=jnp.zeros_like(mean.total))
             for name, mean in means.items()
@@ -214,6 +217,18 @@ class Objective:
             name: weights[name] * inverse[name] / jnp.where(total == 0, 1.0, total) * factors[name] for name in factors
         }
 
+    def _share(self, name: str, mean: Mean) -> Array:
+        """The factors of a mean's totals in its value."""
+        term = self.terms.get(name)
+        return term.share(mean) if isinstance(term, RouterTerm) else _share(mean)
+
+    def reported(self, means: Mapping[str, Mean]) -> dict[str, Mean]:
+        """Means as metrics: one total and one count each."""
+        return {
+            name: Mean((self._share(name, mean) * mean.total).sum(), jnp.float32(1)) if jnp.ndim(mean.total) else mean
+            for name, mean in means.items()
+        }
+
 
 def _rows(batch: Batch) -> dict[str, Array]:
     return {"targets": batch.targets, "loss_mask": batch.loss_mask}
@@ -223,11 +238,3 @@ def _share(mean: Mean) -> Array:
     """The factor of each total in a mean's value; of several side by side the value is their mean."""
     empty = mean.count == 0
     return jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, mean.count)) / jnp.size(mean.count)
-
-
-def reported(means: Mapping[str, Mean]) -> dict[str, Mean]:
-    """Means as metrics: one total and one count each."""
-    return {
-        name: Mean((_share(mean) * mean.total).sum(), jnp.float32(1)) if jnp.ndim(mean.total) else mean
-        for name, mean in means.items()
-    }

@@ -19,7 +19,7 @@ from jaxdistill import partition
 from jaxdistill.losses.aligned import ACROSS_TOKENIZERS, Ends
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.losses.terms import Parameterized, Term
-from jaxdistill.objective import AnyTerm, Objective, Seen, Weighting, reported
+from jaxdistill.objective import AnyTerm, Objective, Seen, Weighting
 from jaxdistill.sharding import BATCH_AXES, Layout
 from jaxdistill.types import Batch, Mean, Outputs, PairedBatch, Params, TrainState
 
@@ -157,7 +157,7 @@ def make_train_step(
 
         loss, means, grads = _accumulated(gradients, batch, accumulate, layout)
         after, norm, skipped = _updated(optimizer, state, grads, loss)
-        return after, {"loss": loss, "terms": reported(means), "gradient_norm": norm, "skipped": skipped}
+        return after, {"loss": loss, "terms": objective.reported(means), "gradient_norm": norm, "skipped": skipped}
 
     return train_step
 
@@ -178,7 +178,7 @@ def make_eval_step(
     def eval_step(params, teacher_params, batch):
         seen = _forward(student, teacher, {"student": params}, {}, teacher_params, batch)
         _, means = objective.means(seen, batch, {}, objective.known(batch, jnp.int32(0)))
-        return reported(means)
+        return objective.reported(means)
 
     return eval_step
 

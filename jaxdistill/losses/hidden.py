@@ -126,12 +126,13 @@ class HiddenMatch:
 class Tapped(Protocol):
     """A term that reads what a model's layers hold."""
 
-    def tap(self, side: Literal["student", "teacher"]) -> Tap: ...
+    def tap(self, side: Literal["student", "teacher"]) -> Tap | None: ...
 
 
 def hidden_taps(terms: Mapping[str, Any], side: Literal["student", "teacher"]) -> dict[str, Tap]:
     """The taps that one of the models needs for an objective's resolved terms, by the terms' names."""
-    return {name: term.tap(side) for name, term in terms.items() if isinstance(term, Tapped)}
+    asked = {name: term.tap(side) for name, term in terms.items() if isinstance(term, Tapped)}
+    return {name: tap for name, tap in asked.items() if tap is not None}
 
 
 def _check_pairs(layers: Any) -> None:

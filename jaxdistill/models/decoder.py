@@ -36,9 +36,10 @@ projection reads, [batch, length, heads, head_dim]. "mlp": what the down project
 mixture of experts for each choice of a token, [batch, length, choices, mlp].
 """
 
-MIXTURE_TAP_POINTS = ("chosen_experts", "experts")
-"""What only layers with a mixture have besides. "chosen_experts": their indices, [batch, length, choices]. "experts":
-what each of them adds to the stream, [batch, length, choices, embed]."""
+MIXTURE_TAP_POINTS = ("router", "chosen_experts", "experts")
+"""What only layers with a mixture have besides. "router": its scores, [batch, length, experts]. "chosen_experts":
+indices of experts, [batch, length, choices]. "experts": what each of them adds to the stream, [batch, length, choices,
+embed]."""
 
 
 def tap_points(spec: LayerSpec) -> tuple[str, ...]:

@@ -265,7 +265,7 @@ class MixtureFFN(Normed):
             factors=None if factors is None else factors.reshape(-1, spec.experts, spec.mlp),
             layout=layout,
         )
-        points = {"ffn_normed": normed, "chosen_experts": chosen, "mlp": mlp, "experts": outputs}
+        points = {"ffn_normed": normed, "router": logits, "chosen_experts": chosen, "mlp": mlp, "experts": outputs}
         return self.added(mixed, context), points
 
 

@@ -12,6 +12,7 @@ from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.aligned import ACROSS_TOKENIZERS
 from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.hidden import HiddenMatch
+from jaxdistill.losses.router import RouterTerm
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import Execution
 from jaxdistill.models.lora import Lora
@@ -235,6 +236,12 @@ class TrainConfig:
         if taken:
             raise ValueError(
                 f"losses {taken} are ALM terms under names of what held-out text is measured by; rename them."
+            )
+        routed = sorted(name for name, term in self.losses.items() if isinstance(term, RouterTerm))
+        if routed and self.weighting != "fixed":
+            raise ValueError(
+                f"losses {routed} are on routers, which no gradient by hidden states tells the size of; use weighting "
+                '"fixed".'
             )
         on_states = {name: term for name, term in self.losses.items() if isinstance(term, HiddenMatch)}
         for name, term in on_states.items():

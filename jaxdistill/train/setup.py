@@ -22,6 +22,7 @@ from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.pairs import MinED
+from jaxdistill.losses.router import RouterTerm
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
 from jaxdistill.models.decoder import Execution, apply
 from jaxdistill.models.flops import adapter_flops, forward_flops, training_flops
@@ -36,7 +37,7 @@ from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.prune.slice import prune_model
 from jaxdistill.retokenize import carried_ids, retokenize_model
 from jaxdistill.sharding import Layout, make_mesh, put_batch, put_global_batch
-from jaxdistill.specs import ModelConfig
+from jaxdistill.specs import MixtureOfExperts, ModelConfig
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
 from jaxdistill.tokenizers import Tokenizer, load_tokenizer
 from jaxdistill.train.config import StudentConfig, TrainConfig
@@ -317,13 +318,17 @@ def _check_adapters(chosen: StudentConfig, shape: ModelConfig) -> None:
 def _resolved_terms(
     config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, plan: PrunePlan | None
 ) -> dict[str, AnyTerm]:
-    """The objective's terms, those on hidden states with the layers that they compare."""
+    """The objective's terms, those on layers with the layers that they read."""
     kept = None if plan is None or config.student.path is not None else plan.layers
     terms: dict[str, AnyTerm] = dict(config.losses)
     for name, term in config.losses.items():
         if isinstance(term, HiddenMatch):
             assert teacher is not None, "TrainConfig.check requires a teacher"
             terms[name] = term.resolved(student_depth=len(student.layers), teacher_depth=len(teacher.layers), kept=kept)
+        if isinstance(term, RouterTerm):
+            terms[name] = term.resolved(
+                [layer for layer, spec in enumerate(student.layers) if isinstance(spec.ffn, MixtureOfExperts)]
+            )
     return terms
 
 
