@@ -271,7 +271,7 @@ def _suffixes(config: ModelConfig, params: Params, tokens: Array, segment_ids: A
 def _embed(params: Params, tokens: Array, suffixes: Array | None, layout: Layout, execution: Execution) -> Array:
     x = look_up(params["embedding"]["kernel"], tokens, layout=layout, dtype=execution.dtype)
     if suffixes is not None:
-        table = params["suffixes"]["kernel"]
+        table = params["suffixes"]["embedding"]["kernel"]
         longest = look_up(table, jnp.maximum(suffixes, 0), layout=layout, dtype=execution.dtype)
         x += jnp.where((suffixes == NONE)[..., None], 0, longest)
     return layout.constrain(x, ("batch", "length", None))

@@ -77,7 +77,7 @@ def check_exportable(config: ModelConfig) -> dict[str, Any]:
     if config.suffixes is not None:
         raise ConfigError(
             "this model of bytes adds the embedding of the longest token that ends at each byte to its input, which no "
-            "Hugging Face architecture does. Keep it as a checkpoint of ours."
+            "Hugging Face architecture does. Keep it as a checkpoint of ours (in training: --export jaxdistill)."
         )
     if not config.homogeneous:
         raise ConfigError(
