@@ -152,7 +152,7 @@ class Objective:
         means: what `counted` says of the whole batch, or all of it. squares: gives `squared_gradients` of the whole
         batch, for the factors of plain means.
         """
-        averaged = self.averaged(batch)
+        averaged = self._trained(self.averaged(batch))
         shares = jax.lax.stop_gradient({name: self._share(name, means[name]) for name in averaged})
         if self.weighting != "fixed":
             return self._emphasised(shares, squares(shares), known)
@@ -168,10 +168,12 @@ class Objective:
         return jax.lax.stop_gradient({name: weights[name] * shares[name] for name in averaged})
 
     def total(self, means: Mapping[str, Mean], factors: Mapping[str, Array]) -> Float[Array, ""]:
-        """The loss of the averaged terms. Of those without weight nothing is differentiated."""
-        weights = {name: self.terms[name].weight for name in factors}
-        trained = [name for name, weight in weights.items() if callable(weight) or weight != 0]
-        return sum(((factors[name] * means[name].total).sum() for name in trained), jnp.float32(0))
+        """The loss of the averaged terms, of those that have factors."""
+        return sum(((factor * means[name].total).sum() for name, factor in factors.items()), jnp.float32(0))
+
+    def _trained(self, terms: Mapping[str, AnyTerm]) -> dict[str, AnyTerm]:
+        """Without those that never have a weight: they are reported, and nothing of them is differentiated."""
+        return {name: term for name, term in terms.items() if callable(term.weight) or term.weight != 0}
 
     def counted(self, seen: Seen, batch: Batch, parameters: Params, known: Known) -> dict[str, Mean]:
         """What `factors` reads of means. Totals that it does not read are left out: then nothing computes them."""
@@ -207,9 +209,10 @@ class Objective:
     def _emphasised(self, factors: Mapping[str, Array], squares: Mapping[str, Array], known: Known) -> dict[str, Array]:
         """The factors by which every term's gradient has the size that its weight says."""
         weights = {name: jnp.float32(at_step(self.terms[name].weight, known.step)) for name in factors}
-        # A term without weight is reported, and a term without gradient has none to be made larger.
-        # A term that is least but for rounding has no direction either.
-        least = ROUNDING**2 * jnp.stack([squares[name] for name in factors]).max()
+        # A term without weight at this step says nothing, and one without gradient has none to be made larger. One that
+        # is least but for rounding has no direction either.
+        sizes = [jnp.where(weights[name] == 0, 0.0, squares[name]) for name in factors]
+        least = ROUNDING**2 * jnp.stack([jnp.float32(0), *sizes]).max()
         counts = {name: (weights[name] != 0) & (squares[name] > least) for name in factors}
         inverse = {n: jnp.where(counts[n], jax.lax.rsqrt(jnp.where(counts[n], squares[n], 1.0)), 0.0) for n in factors}
         total = sum(inverse.values())

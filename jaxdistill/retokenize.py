@@ -176,16 +176,7 @@ def retokenize_model(
 
     Raises ValueError for a model that has fewer ids than its tokenizer, and for suffixes of what is not bytes.
     """
-    if config.suffixes is not None:
-        raise ValueError(
-            "the model reads the suffixes of its bytes in another vocabulary, which have no place among other tokens; "
-            "move the model that it was made from."
-        )
-    if suffixes and new.token_bytes()[:BYTES] != [bytes([byte]) for byte in range(BYTES)]:
-        raise ValueError(
-            f"suffixes are of bytes, and the first {BYTES} ids of the new tokenizer are others; use the tokenizer "
-            '"bytes", or leave suffixes out.'
-        )
+    check_suffixes(config, new, suffixes=suffixes)
     if config.vocab < old.vocab_size or multiple < 1:
         raise ValueError(
             f"the model has {config.vocab} ids, its tokenizer {old.vocab_size}, and the multiple is {multiple}; give "
@@ -205,9 +196,23 @@ def retokenize_model(
     if suffixes:
         trie = _trie(rows, old, vocab=made.vocab)
         made = dataclasses.replace(made, suffixes=SuffixTable(vocab=config.vocab, nodes=len(trie)))
-        kept = {"kernel": params["embedding"]["kernel"], "trie": trie}
+        kept = {"embedding": params["embedding"], "trie": trie}
         moved["suffixes"] = jax.device_put(kept, param_shardings(made, layout)["suffixes"])
     return made, params | moved, rows
+
+
+def check_suffixes(config: ModelConfig, new: Tokenizer, *, suffixes: bool) -> None:
+    """Refuses to move a model that reads suffixes, and suffixes of what is not bytes."""
+    if config.suffixes is not None:
+        raise ValueError(
+            "the model reads the suffixes of its bytes in another vocabulary, which have no place among other tokens; "
+            "move the model that it was made from."
+        )
+    if suffixes and new.token_bytes()[:BYTES] != [bytes([byte]) for byte in range(BYTES)]:
+        raise ValueError(
+            f"suffixes are of bytes, and the first {BYTES} ids of the new tokenizer are others; use the tokenizer "
+            '"bytes", or leave suffixes out.'
+        )
 
 
 def _trie(rows: VocabularyMap, old: Tokenizer, *, vocab: int) -> np.ndarray:

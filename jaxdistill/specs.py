@@ -206,6 +206,10 @@ class SuffixTable:
     vocab: int
     nodes: int
 
+    def __post_init__(self):
+        if min(self.vocab, self.nodes) < 1:
+            raise ValueError(f"{self}: both must be at least 1.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:

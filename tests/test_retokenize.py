@@ -283,7 +283,7 @@ def test_a_model_of_bytes_may_keep_the_old_embedding(layout):
     changed, made, _ = retokenize_model(
         config, params, old, new, key=jax.random.key(1), layout=place, multiple=8, suffixes=True
     )
-    assert made["suffixes"]["kernel"] is params["embedding"]["kernel"]
+    assert made["suffixes"]["embedding"]["kernel"] is params["embedding"]["kernel"]
     assert (changed.vocab, changed.suffixes.vocab) == (264, config.vocab)
     shapes = jax.tree.map(lambda x: (x.shape, x.sharding), made)
     assert shapes == jax.tree.map(

@@ -260,6 +260,25 @@ def test_a_term_of_weight_zero_is_only_reported():
     assert np.abs(change["student"]["embedding"]["kernel"]).max() > 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Huge(Term):
+    """A gradient beside which that of any other term is rounding."""
+
+    def __call__(self, student, teacher, at, parameters):
+        return 1e8 * (student.log_normalizer() - student.take(at.targets))
+
+
+def test_a_term_without_weight_at_a_step_changes_nothing():
+    def change(**more):
+        terms = {"cross_entropy": CrossEntropy(), **more}
+        return run("one device", steps=1, terms=terms, weighting="gradient_magnitude")[1]
+
+    alone = change()
+    assert np.abs(alone["student"]["embedding"]["kernel"]).max() > 0
+    assert_changes_close(change(huge=Huge(weight=0.0)), alone)
+    assert_changes_close(change(huge=Huge(weight=lambda step: 0.0 * step)), alone)
+
+
 def test_ends_that_are_missing_are_named():
     with pytest.raises(ValueError, match=r"the terms \['alm'\] read where a word may end; give `ends`"):
         make_eval_step(functools.partial(apply, STUDENT), functools.partial(apply, TEACHER), {"alm": ALM()}, chunk=8)

@@ -28,7 +28,7 @@ from jaxdistill.checkpoint import arrays
 from jaxdistill.checkpoint.arrays import CheckpointError, LeafSpec
 from jaxdistill.checkpoint.documents import from_dict, to_dict
 from jaxdistill.formats.paths import atomic_directory, local_path, write_text
-from jaxdistill.models.schema import abstract_params, param_shardings, segment_of
+from jaxdistill.models.schema import abstract_params, count_parameters, param_shardings, segment_of
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import LayerSpec, ModelConfig
 from jaxdistill.types import Params
@@ -48,7 +48,7 @@ class ModelDescription:
 
     @property
     def parameters(self) -> int:
-        return sum(leaf.parameters for leaf in self.leaves.values())
+        return count_parameters(self.config)
 
     @property
     def bytes(self) -> int:

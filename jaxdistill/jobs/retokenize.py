@@ -14,7 +14,7 @@ from jaxdistill.checkpoint.open import open_config, open_model
 from jaxdistill.formats.paths import local_path
 from jaxdistill.jobs.stage import stage, whole_machine
 from jaxdistill.models.export import check_exportable, write_hf
-from jaxdistill.retokenize import retokenize_model
+from jaxdistill.retokenize import check_suffixes, retokenize_model
 from jaxdistill.specs import SuffixTable
 from jaxdistill.tokenizers import load_tokenizer
 
@@ -39,11 +39,13 @@ def retokenize(config: RetokenizeConfig) -> Path:
     out = local_path(config.out)
     if out.exists():
         raise FileExistsError(f"{out} exists. Choose another --out, or move it.")
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer, source = load_tokenizer(config.tokenizer), open_config(config.model)
+    check_suffixes(source, tokenizer, suffixes=config.suffixes)
     if config.to == "hf":
         # How large it is does not matter here: a table of suffixes has no place in the format.
-        suffixes = SuffixTable(vocab=1, nodes=1) if config.suffixes else None
-        check_exportable(dataclasses.replace(open_config(config.model), suffixes=suffixes))
+        check_exportable(
+            dataclasses.replace(source, suffixes=SuffixTable(vocab=1, nodes=1) if config.suffixes else None)
+        )
     layout = whole_machine()
     with stage(f"opening {config.model}"):
         model = open_model(config.model, layout=layout, dtype=jnp.dtype(config.dtype))

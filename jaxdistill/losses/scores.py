@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 SMALLEST_SHARE = 1e-30
+"""Of a probability that `Scores.log_share` tells from 0."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -307,7 +307,7 @@ def _embed(
 ) -> Array:
     x = look_up(params["embedding"]["kernel"], tokens, layout=layout, dtype=execution.dtype)
     if suffixes is not None:
-        table = params["suffixes"]["kernel"]
+        table = params["suffixes"]["embedding"]["kernel"]
         longest = look_up(table, jnp.maximum(suffixes, 0), layout=layout, dtype=execution.dtype)
         x += jnp.where((suffixes == NONE)[..., None], 0, longest)
     if config.embed_scale != 1.0:

@@ -79,7 +79,7 @@ def check_exportable(config: ModelConfig) -> dict[str, Any]:
     if config.suffixes is not None:
         raise ConfigError(
             "this model of bytes adds the embedding of the longest token that ends at each byte to its input, which no "
-            "Hugging Face architecture does. Keep it as a checkpoint of ours."
+            "Hugging Face architecture does. Keep it as a checkpoint of ours (in training: --export jaxdistill)."
         )
     if config.family not in FAMILIES:
         raise ConfigError(f"the model's family is {config.family!r}; allowed are {', '.join(FAMILIES)}.")

@@ -299,18 +299,17 @@ class Block(nnx.Module):
 
 
 class Table(nnx.Module):
-    """One row per vocabulary entry: the embedding, and a head of its own."""
+    """One row per vocabulary entry: an embedding, or a head of its own. inputs: 0 where no product ever reads it."""
 
-    def __init__(self, config: ModelConfig):
-        shape = config.vocab, config.embed
-        self.kernel = parameter(shape, ("vocab", "embed"), normal(EMBEDDING_STDDEV), inputs=1)
+    def __init__(self, vocab: int, embed: int, *, inputs: int = 1):
+        self.kernel = parameter((vocab, embed), ("vocab", "embed"), normal(EMBEDDING_STDDEV), inputs=inputs)
 
 
 class Suffixes(nnx.Module):
-    """The table of the longest tokens that end at bytes, and the trie that finds them; fresh, it knows none."""
+    """The embedding of the longest tokens that end at bytes, and the trie that finds them; fresh, it knows none."""
 
     def __init__(self, table: SuffixTable, config: ModelConfig):
-        self.kernel = parameter((table.vocab, config.embed), ("vocab", "embed"), normal(EMBEDDING_STDDEV))
+        self.embedding = Table(table.vocab, config.embed, inputs=0)
         self.trie = parameter((table.nodes, COLUMNS), (None, None), empty_trie, dtype=jnp.int32)
 
 
@@ -318,11 +317,11 @@ class Decoder(nnx.Module):
     """The whole model, layer by layer: the per-layer view that schemas, converters and pruning name tensors by."""
 
     def __init__(self, config: ModelConfig):
-        self.embedding = Table(config)
+        self.embedding = Table(config.vocab, config.embed)
         self.layers = nnx.List([Block(spec, config) for spec in config.layers])
         self.final_norm = stream_norm(config)
         if not config.tied:
-            self.head = Table(config)
+            self.head = Table(config.vocab, config.embed)
         if config.suffixes is not None:
             self.suffixes = Suffixes(config.suffixes, config)
 

@@ -95,7 +95,7 @@ class StudentConfig:
     trainable: tuple[str, ...] = ("*",)
     """Shell patterns of the parameters that are trained (`segments.*`, `*.norm.scale`); the rest is frozen. With
     `lora`, what is trained in full besides the adapters, and "*" stands for nothing. The embedding of suffixes is
-    trained where it is named (`suffixes.kernel`)."""
+    trained where a pattern begins with it (`suffixes.*`)."""
     lora: Lora | None = None
     """Train low-rank adapters of the kernels that it names, and merge them into the student that is written. What is
     frozen then shares the teacher's memory where the student starts from the teacher."""
@@ -111,7 +111,8 @@ class StudentConfig:
     def trained(self) -> Callable[[str], bool]:
         """Whether a parameter of this name, in the stacked form, is trained in full."""
         patterns = self.trainable if self.lora is None else tuple(p for p in self.trainable if p != "*")
-        chosen, named = partition.matches(patterns), partition.matches([p for p in patterns if p.startswith("suffix")])
+        chosen = partition.matches(patterns)
+        named = partition.matches([pattern for pattern in patterns if pattern.startswith("suffixes.")])
         return lambda name: named(name) if name.startswith("suffixes.") else chosen(name)
 
     def __post_init__(self):

@@ -35,7 +35,7 @@ from jaxdistill.prune.importance import Importance
 from jaxdistill.prune.measure import Progress, calibrate
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.prune.slice import prune_model
-from jaxdistill.retokenize import carried_ids, retokenize_model
+from jaxdistill.retokenize import carried_ids, check_suffixes, retokenize_model
 from jaxdistill.sharding import Layout, make_mesh, put_batch, put_global_batch
 from jaxdistill.specs import MixtureOfExperts, ModelConfig
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
@@ -226,6 +226,7 @@ def tokenizers_of(config: TrainConfig) -> Tokenizers:
     if config.student.moved:
         source, new = student or teacher, load_tokenizer(str(config.student.tokenizer))
         assert source is not None, "TrainConfig.check requires a model"
+        check_suffixes(source[0], new, suffixes=config.student.suffixes)
         student = dataclasses.replace(source[0], vocab=new.vocab_size), new
     _check_length("student", student, config.data.length, "length")
     teachers_own = config.aligned and config.data.teacher_length is not None
@@ -300,6 +301,11 @@ def check_shapes(config: TrainConfig, plan: PrunePlan | None = None) -> None:
     if chosen.moved:
         shape = dataclasses.replace(shape, vocab=load_tokenizer(str(chosen.tokenizer)).vocab_size)
     _check_adapters(chosen, shape)
+    if config.teacher.correction is not None and teacher is not None and teacher.suffixes is not None:
+        raise ValueError(
+            "teacher.correction is set, and the teacher is a model of bytes that reads suffixes: their table is no "
+            "weight. Leave the correction out, or correct such a model as a student first."
+        )
     _resolved_terms(config, shape, teacher, plan)
 
 

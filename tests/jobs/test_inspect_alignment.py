@@ -91,9 +91,8 @@ def test_texts_come_from_files(capsys, paths, tmp_path):
     assert shown("a.jsonl", "--field", "body") == "(the)  [·fox]   [<|endoftext|>]"
     assert shown("a.jsonl", "--field", "body", "--record", 2) == "(i)[s][·i] [t][<|endoftext|>]"
     # A pair is never cut, and its prompt not compared.
-    assert (
-        shown("a.jsonl", "--field", "body", "--record", 1, "--bytes-per-document", 1) == "(i)(s)[·i] [t][<|endoftext|>]"
-    )
+    pair = shown("a.jsonl", "--field", "body", "--record", 1, "--bytes-per-document", 1)
+    assert pair == "(i)(s)[·i] [t][<|endoftext|>]"
 
 
 def test_a_record_that_is_not_there_is_refused(capsys, tmp_path):

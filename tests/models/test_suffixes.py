@@ -15,11 +15,12 @@ from tiny import params as tiny_params
 
 from jaxdistill.checkpoint.model import load_model_checkpoint, save_model
 from jaxdistill.generate import generate
-from jaxdistill.models.decoder import Rows, apply, apply_cached, init_cache
+from jaxdistill.models.decoder import Rows, apply, apply_cached, init_cache, scores
 from jaxdistill.models.export import check_exportable
 from jaxdistill.models.families.family import ConfigError
 from jaxdistill.models.schema import count_parameters, init_params, param_shardings, weights
 from jaxdistill.models.suffixes import NONE, WINDOW, build_trie, empty_trie, longest_suffixes
+from jaxdistill.optimizer import AdamW
 from jaxdistill.sharding import Layout, put_batch
 from jaxdistill.specs import SuffixTable
 from jaxdistill.types import Tap
@@ -116,7 +117,7 @@ CONFIG = dataclasses.replace(llama(vocab=264), suffixes=SuffixTable(vocab=24, no
 def reading_suffixes():
     params = tiny_params(CONFIG)
     params["suffixes"]["trie"] = jnp.asarray(TRIE)
-    params["suffixes"]["kernel"] = 10 * params["suffixes"]["kernel"]  # or it would hardly be seen
+    params["suffixes"]["embedding"]["kernel"] *= 10  # or it would hardly be seen
     return params
 
 
@@ -135,7 +136,7 @@ def test_the_input_is_the_sum_of_both_embeddings():
     found = look_up(IDS, {256: 20}, rows.tokens, rows.segment_ids)
     assert (found == NONE).any()
     assert (found > 8).any()
-    second = np.where((found == NONE)[..., None], 0, np.asarray(params["suffixes"]["kernel"])[found])
+    second = np.where((found == NONE)[..., None], 0, np.asarray(params["suffixes"]["embedding"]["kernel"])[found])
     read = {"input": Tap(points=("input",), reduce=lambda values, mask: values["input"], layers=(0,))}
     given = apply(CONFIG, params, rows, taps=read).taps["input"][0]
     np.testing.assert_allclose(given, np.asarray(params["embedding"]["kernel"])[rows.tokens] + second, rtol=1e-6)
@@ -148,17 +149,18 @@ def test_every_mesh_gives_the_same(name):
 
     def gradients(layout, params, rows):
         def loss(learned):
-            given = {**params, "suffixes": {**params["suffixes"], "kernel": learned}}
+            given = {**params, "suffixes": {**params["suffixes"], "embedding": learned}}
             hidden = apply(CONFIG, given, rows, layout=layout).hidden
-            return jnp.sum(jnp.sin(hidden) * (rows.segment_ids > 0)[..., None])
+            return jnp.sum(jnp.sin(hidden) * (rows.segment_ids > 0)[..., None]), hidden
 
-        return jax.grad(loss)(params["suffixes"]["kernel"])
+        return jax.grad(loss, has_aux=True)(params["suffixes"]["embedding"])
 
-    expected = jax.jit(functools.partial(gradients, Layout()))(reading_suffixes(), rows)
-    assert np.abs(expected).max() > 0.01
+    expected, hidden = jax.jit(functools.partial(gradients, Layout()))(reading_suffixes(), rows)
+    assert np.abs(expected["kernel"]).max() > 0.01
     placed = jax.device_put(reading_suffixes(), param_shardings(CONFIG, layout))
-    given = jax.jit(functools.partial(gradients, layout))(placed, put_batch(layout, rows))
-    assert_gradients_close({"kernel": given}, {"kernel": expected})
+    given, found = jax.jit(functools.partial(gradients, layout))(placed, put_batch(layout, rows))
+    assert_gradients_close(given, expected)
+    np.testing.assert_allclose(found, hidden, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cache_remembers_the_bytes_before():
@@ -177,14 +179,25 @@ def test_a_cache_remembers_the_bytes_before():
     given = np.concatenate(parts, axis=1)
     np.testing.assert_allclose(given[0], whole[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(given[1, 2:], whole[1, 2:], rtol=1e-5, atol=1e-5)
-    assert len(generate(CONFIG, params, [text, text[:3]], max_new_tokens=5, temperature=0)) == 2
+
+
+def test_greedy_generation_is_the_argmax_of_whole_rows():
+    """The loop reads the bytes that it has just made."""
+    params, prompts = reading_suffixes(), [[97, 98, 99], [98]]
+    made = generate(CONFIG, params, prompts, max_new_tokens=5, temperature=0)
+    whole = jax.jit(functools.partial(apply, CONFIG))
+    for prompt, continuation in zip(prompts, made, strict=True):
+        row = np.array([[*prompt, *continuation]], np.int32)
+        outputs = whole(params, Rows(row, np.arange(row.shape[1])[None], np.ones_like(row)))
+        best = np.argmax(scores(outputs.hidden[0], outputs.head), axis=-1)
+        np.testing.assert_array_equal(best[len(prompt) - 1 : -1], continuation)
 
 
 def test_the_trie_is_no_weight():
     without = dataclasses.replace(CONFIG, suffixes=None)
     assert count_parameters(CONFIG) == count_parameters(without) + 24 * CONFIG.embed
     assert not weights(CONFIG)("suffixes.trie")
-    assert weights(CONFIG)("suffixes.kernel")
+    assert weights(CONFIG)("suffixes.embedding.kernel")
     assert init_params(CONFIG, jax.random.key(0), dtype="bfloat16")["suffixes"]["trie"].dtype == jnp.int32
 
 
@@ -192,8 +205,19 @@ def test_saved_and_read_in_another_dtype(tmp_path):
     save_model(tmp_path / "model", CONFIG, reading_suffixes())
     config, params = load_model_checkpoint(tmp_path / "model", layout=Layout(), dtype="bfloat16")
     assert config == CONFIG
-    assert params["suffixes"]["kernel"].dtype == jnp.bfloat16
+    assert params["suffixes"]["embedding"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(params["suffixes"]["trie"], TRIE)
+
+
+def test_the_old_embedding_does_not_decay():
+    """As no embedding does: rows that are never looked up would shrink."""
+    tree = {"student": {"suffixes": {"embedding": {"kernel": 0}}, "segments": {"0": {"ffn": {"up": {"kernel": 0}}}}}}
+    assert AdamW(learning_rate=1.0)._decayed(tree) == {
+        "student": {
+            "suffixes": {"embedding": {"kernel": False}},
+            "segments": {"0": {"ffn": {"up": {"kernel": True}}}},
+        }
+    }
 
 
 def test_no_hugging_face_format_holds_it():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from tiny import llama
@@ -22,7 +23,7 @@ from jaxdistill.models.lora import Lora
 from jaxdistill.sharding import Layout, MeshConfig
 from jaxdistill.specs import SuffixTable
 from jaxdistill.tokenizers import load_tokenizer
-from jaxdistill.train.config import StudentConfig, TeacherConfig
+from jaxdistill.train.config import Correction, StudentConfig, TeacherConfig
 from jaxdistill.train.setup import Places, check_shapes, make_student, open_teacher, tokenizers_of
 
 __all__ = ["places"]
@@ -167,15 +168,33 @@ def test_a_student_of_bytes_keeps_the_old_embedding(config, whole, tmp_path):
     )
     teacher = open_teacher(bytes_, Places(Layout(), Layout()))
     student = make_student(bytes_, teacher, Places(Layout(), Layout()))
-    assert student.frozen["suffixes"]["kernel"] is teacher.params["embedding"]["kernel"]
+    assert student.frozen["suffixes"]["embedding"]["kernel"] is teacher.params["embedding"]["kernel"]
+    run(bytes_, stop_after=1)
     run(bytes_)
     written = open_model(tmp_path / "student")
     assert written.config.suffixes == student.config.suffixes
-    for name, leaf in student.frozen["suffixes"].items():
-        np.testing.assert_array_equal(written.params["suffixes"][name], leaf)
+    jax.tree.map(np.testing.assert_array_equal, written.params["suffixes"], student.frozen["suffixes"])
+    adapted = dataclasses.replace(bytes_.student, lora=Lora(rank=2), trainable=("embedding.*", "head.*"))
+    with_adapters = make_student(dataclasses.replace(bytes_, student=adapted), teacher, Places(Layout(), Layout()))
+    assert "suffixes" not in with_adapters.trainable
+    assert all(
+        leaf is theirs
+        for leaf, theirs in zip(
+            *map(jax.tree.leaves, (with_adapters.frozen["segments"], teacher.params["segments"])), strict=True
+        )
+    )
     named = dataclasses.replace(bytes_.student, trainable=("suffixes.*", "embedding.*"))
     chosen = make_student(dataclasses.replace(bytes_, student=named), teacher, Places(Layout(), Layout()))
-    assert {*partition.names(chosen.trainable)} == {"suffixes.kernel", "embedding.kernel"}
+    assert {*partition.names(chosen.trainable)} == {"suffixes.embedding.kernel", "embedding.kernel"}
+    reads = TeacherConfig(path=str(tmp_path / "student"), correction=Correction(losses={"text": CrossEntropy()}))
+    with pytest.raises(ValueError, match="reads suffixes: their table is no weight"):
+        check_shapes(dataclasses.replace(bytes_, teacher=reads, student=StudentConfig(), losses={"kl": ForwardKL()}))
+    with pytest.raises(ValueError, match="move the model that it was made from"):
+        tokenizers_of(dataclasses.replace(bytes_, teacher=TeacherConfig(path=str(tmp_path / "student"))))
+    with pytest.raises(ValueError, match='use the tokenizer "bytes"'):
+        tokenizers_of(
+            dataclasses.replace(bytes_, student=StudentConfig(tokenizer=str(whole / "student"), suffixes=True))
+        )
 
 
 def test_text_alone_can_train_a_moved_model(files, config, places, tmp_path):

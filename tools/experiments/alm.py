@@ -8,28 +8,34 @@
 Every run adds a line to OUT/results.jsonl; the same command goes on where it was interrupted, inside a run too. What
 docs/papers.md reports is kept in tools/experiments/alm.jsonl: `--results` with that file draws it, or adds to it.
 
-Two numbers, both in bits per byte, which mean the same for every tokenizer: that of held-out text, and by how much a
-student needs more than the teacher for text that the teacher wrote, sampled as it is. Their difference in
-log-likelihood is an estimate of KL(teacher ‖ student), per byte. Learning rates are tuned alike for all methods: each
-is tried with the same number of them on seed 0, and the one with the least bits per byte of held-out text is used for
-the other seeds.
+Two numbers, both in bits per byte and of the same bytes whatever the tokenizer: that of held-out text, and by how much
+a student needs more than the teacher for what the teacher wrote, sampled as it is, up to the first line break. Their
+difference in log-likelihood is an estimate of KL(teacher ‖ student), per byte. Every text begins with a few words that
+are read and not counted. Learning rates are tuned alike for all methods: each is tried with the same number of them on
+seed 0, and the one with the least bits per byte of text that is used for nothing else is taken for the other seeds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 from common import (
     Bench,
     Row,
     domains_of_held_out_text,
     draw_ways,
+    fingerprint,
+    finish,
+    in_turn,
     plotting,
     read_rows,
     read_texts,
@@ -41,7 +47,8 @@ from common import (
 from jaxdistill.assets import asset
 from jaxdistill.checkpoint.open import Model, open_model
 from jaxdistill.data import DataConfig
-from jaxdistill.evaluate import Scoring, evaluate_text
+from jaxdistill.evaluate import Scoring
+from jaxdistill.evaluate.scoring import score, whole_piece
 from jaxdistill.generate import generate
 from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.hidden import HiddenMatch
@@ -50,13 +57,15 @@ from jaxdistill.losses.terms import CrossEntropy
 from jaxdistill.models.lora import Lora
 from jaxdistill.retokenize import retokenize_model
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
-from jaxdistill.tokenizers import load_tokenizer
+from jaxdistill.tokenizers import Tokenizer, load_tokenizer
 from jaxdistill.train.config import StudentConfig, TeacherConfig
 
 Part = Literal["unigram", "llama2", "bytes", "student"]
 ALONE = {"teacher": TeacherConfig(), "losses": {"cross_entropy": CrossEntropy()}}
 """Next-token training on text."""
 MATCHED = {"losses": {"alm": ALM(), "cross_entropy": CrossEntropy()}, "weighting": "gradient_magnitude"}
+BEFORE, PLAIN = "before training", ", without the old embedding"
+"""Of ways: a student as it begins, and one of bytes that does not read the old embedding."""
 STATES = HiddenMatch(layers=((-1, -1),), distance="channelwise")
 
 
@@ -95,40 +104,52 @@ def tokenizer_of(part: Part) -> str:
 
 def transfer(out: Path, results: Path, part: Part) -> None:
     """The same text, steps and rows for all methods, which begin with the same rows of the embedding. Adapters of all
-    linears and the embedding learn."""
+    linears and the embedding learn. Rows are filled to about nine tenths; a text that one of the two sides has no room
+    for is cut on both, which takes less than a hundredth."""
     in_bytes = part == "bytes"
-    length, teacher_length, steps = (1024, 288, 24) if in_bytes else (256, 256, 40)
-    bench = bench_of(part, out, results, length=length, batch_size=4)
+    length, teacher_length, steps = (1024, 288, 24) if in_bytes else (256, 288, 40)
+    bench = bench_of(part, out, results, length=length, batch_size=4, steps=steps)
     student = StudentConfig(tokenizer=tokenizer_of(part), suffixes=in_bytes, lora=Lora(), trainable=("embedding.*",))
-    yardstick = Yardstick(bench)
-    bench.result("before training", lambda: {"tokens": 0, "end": yardstick.numbers(begun(student))}, seed=0)
-    matched = {**MATCHED, "losses": {**MATCHED["losses"], **({"states": STATES} if in_bytes else {})}}
+    matched = with_states(MATCHED) if in_bytes else MATCHED
     methods = {
-        "ALM": matched,
+        "ALM and states" if in_bytes else "ALM": matched,
         "next token": ALONE,
         "MinED": {"losses": {"mined": MinED()}},
         "ULD": {"losses": {"uld": ULD(weight=1.5), "cross_entropy": CrossEntropy()}},
     }
     if in_bytes:
-        methods["ALM, without the old embedding"] = matched
+        methods |= {"ALM": MATCHED, f"ALM and states{PLAIN}": matched}
 
     def changes(way: str, seed: int) -> dict[str, Any]:
         given = methods[way]
         alone = given is ALONE
-        own = {"path": str(bench.teacher) if alone else None, "suffixes": in_bytes and "without" not in way}
+        own = {"path": str(bench.teacher) if alone else None, "suffixes": in_bytes and PLAIN not in way}
         theirs = None if alone else teacher_length
         data = DataConfig(path=str(bench.text), length=length, teacher_length=theirs, batch_size=4, seed=seed)
         return {**given, "student": dataclasses.replace(student, **own), "data": data}
 
+    yardstick = Yardstick(bench)
+    for end in ("", PLAIN) if in_bytes else ("",):
+
+        def before(suffixes: bool = in_bytes and not end) -> dict[str, Any]:
+            return {"tokens": 0, "end": yardstick.numbers(begun(student, suffixes=suffixes))}
+
+        bench.result(BEFORE + end, before, seed=0)
     for way in methods:
         bench.tuned(way, (5e-4, 2e-3), steps, functools.partial(changes, way), measure=yardstick.student)
 
 
-def begun(student: StudentConfig) -> Model:
-    """A student before it learns."""
+def with_states(method: dict[str, Any]) -> dict[str, Any]:
+    """The method with the last hidden states matched as well."""
+    return {**method, "losses": {**method["losses"], "states": STATES}}
+
+
+def begun(student: StudentConfig, *, suffixes: bool) -> Model:
+    """A student before it learns, as a run with seed 0 has it."""
     teacher, new = open_model(asset("smollm2")), load_tokenizer(str(student.tokenizer))
+    key = jax.random.fold_in(jax.random.key(0), 1)
     shape, params, _ = retokenize_model(
-        teacher.config, teacher.params, teacher.tokenizer, new, key=jax.random.key(0), suffixes=student.suffixes
+        teacher.config, teacher.params, teacher.tokenizer, new, key=key, suffixes=suffixes
     )
     return Model(shape, params, new)
 
@@ -152,37 +173,44 @@ WRITTEN = 1_200
 def small_student(out: Path, results: Path) -> None:
     """A model that was trained on the text learns further: from the teacher's likelihoods on the same text, from that
     text, or from text that the teacher wrote."""
-    bench = bench_of("student", out, results, length=256, batch_size=8)
+    bench = bench_of("student", out, results, length=256, batch_size=8, steps=FURTHER)
     start = out / "small" / "student"
     if not start.exists():
         pretrain(bench, start.parent)
     yardstick = Yardstick(bench)
-    bench.result("before training", lambda: {"tokens": 0, "end": yardstick.student(start)}, seed=0)
-    own = StudentConfig(path=str(start))
-    with_states = {**MATCHED, "losses": {**MATCHED["losses"], "states": STATES}}
-    for way, given in {"ALM": MATCHED, "ALM and states": with_states, "next token": ALONE}.items():
-        bench.tuned(
-            way, (3e-4, 1e-3), FURTHER, lambda _, given=given: {**given, "student": own}, measure=yardstick.student
-        )
+    bench.result(BEFORE, lambda: {"tokens": 0, "end": yardstick.student(start)}, seed=0)
     text = written_by_teacher(out / "written.jsonl", first_words(read_texts(bench.text), words=12), texts=WRITTEN)
-    written = dataclasses.replace(bench, text=text)
-    way = "next token of the teacher's text"
-    written.tuned(way, (3e-4, 1e-3), FURTHER, lambda _: {**ALONE, "student": own}, measure=yardstick.student)
+    # What the teacher wrote ends where it was cut off.
+    written = DataConfig(path=str(text), length=bench.length, batch_size=bench.batch_size, append_eos=False)
+    methods = {
+        "ALM": MATCHED,
+        "ALM and states": with_states(MATCHED),
+        "next token": ALONE,
+        "next token of the teacher's text": {**ALONE, "data": written},
+    }
+    for way, given in methods.items():
+
+        def changes(seed: int, given=given) -> dict[str, Any]:
+            own = {"data": dataclasses.replace(given["data"], seed=seed)} if "data" in given else {}
+            return {**given, **own, "student": StudentConfig(path=str(start))}
+
+        bench.tuned(way, (3e-4, 1e-3), FURTHER, changes, measure=yardstick.student)
 
 
 def pretrain(bench: Bench, out: Path) -> None:
-    from jaxdistill.train.loop import train
-
     config = bench.config("", seed=0, rate=2e-3, steps=PRETRAINING, teacher=TeacherConfig(), losses=ALONE["losses"])
     data = dataclasses.replace(config.data, batch_size=16)
     student = StudentConfig(model=SMALL, tokenizer=tokenizer_of("student"))
-    train(dataclasses.replace(config, out=str(out), data=data, student=student, export="jaxdistill"))
+    finish(dataclasses.replace(config, out=str(out), data=data, student=student, export="jaxdistill"))
 
 
 # What is measured.
 
+READ_WORDS = 5
+"""Of every text that is measured, which the teacher continued, or did not."""
 
-def bench_of(part: Part, out: Path, results: Path, *, length: int, batch_size: int) -> Bench:
+
+def bench_of(part: Part, out: Path, results: Path, *, length: int, batch_size: int, steps: int) -> Bench:
     return Bench(
         name=part,
         out=out,
@@ -191,8 +219,29 @@ def bench_of(part: Part, out: Path, results: Path, *, length: int, batch_size: i
         text=asset("boolq-passages"),
         length=length,
         batch_size=batch_size,
-        tuned_by="bits_per_byte",
+        tuned_by="tuning_bits_per_byte",
+        settings=fingerprint(measured_texts(out), length, batch_size, steps),
     )
+
+
+@functools.cache
+def measured_texts(out: Path) -> dict[str, list[str]]:
+    """Five held-out domains of prose, half of their documents for tuning alone, and texts by the teacher. White space
+    is collapsed and characters are normalised, so that every tokenizer can spell the texts; those that the unigram
+    model has no pieces for are left out."""
+    domains = domains_of_held_out_text(document_bytes=900, domain_bytes=11_000)
+    found = in_turn({name: texts for name, texts in domains.items() if name != "github-code"})
+    found = spelled_alike([" ".join(unicodedata.normalize("NFKC", text).split()) for text in found])
+    file = written_by_teacher(out / "measured.jsonl", first_words(found, words=READ_WORDS), texts=96)
+    written = spelled_alike([text.splitlines()[0] for text in read_texts(file)])
+    texts = {"tuning": found[0::2], "held-out": found[1::2], "written": written}
+    return {name: [text for text in each if len(text.split()) > 2 * READ_WORDS] for name, each in texts.items()}
+
+
+def spelled_alike(texts: Sequence[str]) -> list[str]:
+    """The texts that the tokenizer that normalises gives back as they are."""
+    tokenizer = load_tokenizer(tokenizer_of("unigram"))
+    return [text for text in texts if tokenizer.decode(tokenizer.encode(text).ids.tolist()) == text]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,22 +254,43 @@ class Yardstick:
         return self.numbers(open_model(path))
 
     def numbers(self, model: Model) -> dict[str, float]:
-        """Bits per byte of held-out text, and how many more than the teacher for the teacher's own."""
-        of_teacher = dataclasses.replace(self.bench, name="teacher")
+        """Bits per byte of held-out text, of text for tuning, and how many more than the teacher for its own."""
+        settings = fingerprint(measured_texts(self.bench.out))
+        of_teacher = dataclasses.replace(self.bench, name="teacher", settings=settings)
         teacher = of_teacher.result("teacher", lambda: {"end": self.bits(open_model(self.bench.teacher))}, seed=0)
         found = self.bits(model)
-        return {"bits_per_byte": found["held-out"], "kl": found["written"] - teacher["end"]["written"]}
+        return {
+            "bits_per_byte": found["held-out"],
+            "tuning_bits_per_byte": found["tuning"],
+            "kl": found["written"] - teacher["end"]["written"],
+        }
 
     def bits(self, model: Model) -> dict[str, float]:
-        """Bits per byte of about 33,000 bytes of six held-out domains, and of 48 texts by the teacher."""
-        domains = domains_of_held_out_text(document_bytes=900, domain_bytes=5_500)
-        held_out = [text for texts in domains.values() for text in texts]
-        file = written_by_teacher(self.bench.out / "measured.jsonl", first_words(held_out, words=5), texts=48)
-        # Rows in which every text is whole.
-        scoring = Scoring(length=1024 if model.config.vocab < 1000 else 384, batch_size=2)
-        texts = {"held-out": held_out, "written": read_texts(file)}
-        found = evaluate_text({"model": model}, texts, scoring=scoring)["model"]
-        return {name: score.bits_per_byte for name, score in found.items()}
+        """Bits per byte of the measured texts, without the words that they begin with."""
+        texts = measured_texts(self.bench.out)
+        counted = [[behind_first_words(model.tokenizer, text) for text in each] for each in texts.values()]
+        pieces = [
+            whole_piece(ids, supervised, group=group)
+            for group, each in enumerate(counted)
+            for ids, supervised, _ in each
+        ]
+        scoring = Scoring(length=1 << (max(map(len, pieces)) - 1).bit_length(), batch_size=2)
+        nats = score({"model": model}, pieces, groups=len(texts), scoring=scoring)["model"]["nats"]
+        sizes = [sum(size for *_, size in each) for each in counted]
+        return {name: float(nats[i]) / math.log(2) / sizes[i] for i, name in enumerate(texts)}
+
+
+def behind_first_words(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens of a text, which of them lie behind its first words, and how many bytes that is. Words begin with their
+    space, so that no token lies on both sides."""
+    read = len(" ".join(text.split(" ")[:READ_WORDS]).encode())
+    encoding = tokenizer.encode(text)
+    supervised = encoding.offsets[:, 0] >= read
+    spelled = int((encoding.offsets[supervised, 1] - encoding.offsets[supervised, 0]).sum())
+    size = len(text.encode()) - read
+    if spelled != size:
+        raise SystemExit(f"{spelled} of {size} bytes are spelled behind the first words of {text[:80]!r}")
+    return encoding.ids, supervised, size
 
 
 def first_words(texts: Sequence[str], *, words: int) -> list[str]:
@@ -256,24 +326,24 @@ NUMBERS = {"bits_per_byte": "held-out text, bits per byte", "kl": "KL to the tea
 
 def ways_of(results: Path, part: Part) -> dict[str, list[Row]]:
     """Rows by way, each with the numbers before training at its start."""
-    found = rows_of(results, [part], tuned_by="bits_per_byte")
-    ways = {way: rows for (_, way), rows in found.items()}
-    before = ways.pop("before training", None)
-    for row in (row for rows in ways.values() for row in rows):
-        row["start"] = before[0]["end"] if before else row["end"]
-    return ways
+    found = rows_of(results, [part], tuned_by="tuning_bits_per_byte")
+    before = {way: rows[0]["end"] for (_, way), rows in found.items() if way.startswith(BEFORE)}
+
+    def with_start(row: Row) -> Row:
+        return {**row, "start": before[BEFORE + (PLAIN if PLAIN in row["way"] else "")]}
+
+    return {way: [with_start(row) for row in rows] for (_, way), rows in found.items() if not way.startswith(BEFORE)}
 
 
 def table(results: Path, part: Part) -> str:
     """Markdown: a line for each way. Means over seeds, and standard deviations."""
-    lines = ["| | seeds | rate | tokens | bits per byte | KL to the teacher |", "|---|---|---|---|---|---|"]
-    teacher = [row for row in read_rows(results) if row["bench"] == "teacher"]
-    if teacher:
-        lines.append(f"| teacher | | | | {teacher[0]['end']['held-out']:.3f} | 0 |")
-    ways = ways_of(results, part)
-    for start in [rows[0]["start"] for rows in ways.values()][:1]:
-        lines.append(f"| before training | | | 0 | {start['bits_per_byte']:.3f} | {start['kl']:.3f} |")
-    for way, rows in ways.items():
+    lines = ["| | seeds | rate | positions | bits per byte | KL to the teacher |", "|---|---|---|---|---|---|"]
+    rows = read_rows(results)
+    lines += [f"| teacher | | | | {r['end']['held-out']:.3f} | 0 |" for r in rows if r["bench"] == "teacher"]
+    for row in rows:
+        if row["bench"] == part and row["way"].startswith(BEFORE):
+            lines.append(f"| {row['way']} | | | 0 | {row['end']['bits_per_byte']:.3f} | {row['end']['kl']:.3f} |")
+    for way, rows in ways_of(results, part).items():
         numbers = [spread([row["end"][number] for row in rows]) for number in NUMBERS]
         settings = [str(len(rows)), f"{rows[0]['rate']:g}", f"{rows[0]['tokens']:,}"]
         lines.append(f"| {' | '.join([way, *settings, *numbers])} |")
@@ -290,7 +360,6 @@ def draw(results: Path, pictures: Path) -> None:
             figure, both = plt.subplots(1, 2, figsize=(9, 0.9 + 0.4 * len(ways)), sharey=True, layout="constrained")
             for axes, (number, label) in zip(both, NUMBERS.items(), strict=True):
                 draw_ways(axes, ways, number, label)
-            both[0].invert_yaxis()  # both panels share the axis, and each turned it round
             both[1].set_title("")
             figure.savefig(pictures / f"alm-{part}.png", dpi=130)
             plt.close(figure)

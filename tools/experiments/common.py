@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 import shutil
 import statistics
 import time
@@ -21,7 +23,7 @@ from jaxdistill.train.loop import train
 
 SEEDS = (0, 1, 2)
 Row = dict[str, Any]
-"""What a run found: its bench, way, seed and rate; tokens; numbers at its start and end; its curve."""
+"""What a run found: its bench, way, seed and rate; positions of its rows; numbers at its start and end; its curve."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,13 @@ class Bench:
     """Rows of held-out text on which `train` measures before the first and after the last step."""
     tuned_by: str = "cross_entropy_nats"
     """The number at a run's end that learning rates are chosen by."""
+    settings: str = ""
+    """A fingerprint of what rows depend on besides their key; a row of other settings is not taken for this one's."""
 
     def result(self, way: str, make: Callable[[], Row], *, seed: int, rate: float | None = None) -> Row:
         """The row of this way, seed and rate: from the file of results, or made and added to it."""
         key = {"bench": self.name, "way": way, "seed": seed, "rate": rate}
+        key |= {"settings": self.settings} if self.settings else {}
         for row in read_rows(self.results):
             if key.items() <= row.items():
                 return row
@@ -84,24 +89,25 @@ class Bench:
     ) -> Row:
         """A run of `train`: held-out numbers before the first and after the last step, and the loss on the way.
 
-        measure: what else is found of the student that was written.
+        measure: what else is found of the student that was written. The run's directory goes when its row is safe.
         """
         changes |= {} if measure is None else {"export": "jaxdistill"}
         config = self.config(f"{way}-{seed}-{rate:g}", seed=seed, rate=rate, steps=steps, **changes)
+        run = Path(config.out)
 
         def make() -> Row:
-            if train(config).step < steps:
-                raise SystemExit("stopped; the same command goes on")
-            run = Path(config.out)
+            finish(config)
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
             curve = [(line["step"], round(line["loss"], 4)) for line in lines if line.get("loss") is not None]
-            end = {**held_out.get(steps, {}), **({} if measure is None else measure(run / "student"))}
-            shutil.rmtree(run)  # its checkpoints are gigabytes; what is wanted is in the row
+            start, end = ({}, {}) if self.held_out is None else (held_out[0], held_out[steps])
+            end |= {} if measure is None else measure(run / "student")
             tokens = steps * config.data.length * config.data.batch_size
-            return {"tokens": tokens, "start": held_out.get(0, {}), "end": end, "curve": curve}
+            return {"tokens": tokens, "start": start, "end": end, "curve": curve}
 
-        return self.result(way, make, seed=seed, rate=rate)
+        row = self.result(way, make, seed=seed, rate=rate)
+        shutil.rmtree(run, ignore_errors=True)  # its checkpoints are gigabytes; what is wanted is in the row
+        return row
 
     def tuned(
         self,
@@ -115,27 +121,40 @@ class Bench:
     ) -> None:
         """A run for each seed, with the learning rate that was best on the first one."""
         runs = [
-            self.trained(way, seed=seeds[0], rate=r, steps=steps, measure=measure, **changes(seeds[0])) for r in rates
+            self.trained(way, seed=seeds[0], rate=rate, steps=steps, measure=measure, **changes(seeds[0]))
+            for rate in rates
         ]
         best = best_rate(runs, self.tuned_by)
         for seed in seeds[1:]:
             self.trained(way, seed=seed, rate=best, steps=steps, measure=measure, **changes(seed))
 
 
+def finish(config: TrainConfig) -> None:
+    """Trains to the last step, or leaves the program where it was stopped."""
+    if train(config).step < config.steps:
+        raise SystemExit("stopped; the same command goes on")
+
+
 def best_rate(rows: Sequence[Row], number: str) -> Any:
     """The learning rate of the row with the least of this number at its end."""
-    return min(rows, key=lambda row: row["end"][number])["rate"]
+    ends = [row["end"][number] for row in rows]
+    return rows[ends.index(min(end for end in ends if not math.isnan(end)))]["rate"]
 
 
 def read_rows(results: Path) -> list[Row]:
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    """All rows; a line that was cut off while it was written is none."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def rows_of(results: Path, benches: Sequence[str], *, tuned_by: str) -> dict[tuple[str, str], list[Row]]:
-    """Rows by bench and way, one for each seed: those of the learning rate that is best on the first seed."""
+    """Rows by bench and way, one for each seed: those of the learning rate that is best on the first seed, and of the
+    settings that the bench was last run with."""
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in read_rows(results):
-        if row["bench"] in benches:
+    rows = [row for row in read_rows(results) if row["bench"] in benches]
+    latest = {row["bench"]: row.get("settings") for row in rows}
+    for row in rows:
+        if row.get("settings") == latest[row["bench"]]:
             groups.setdefault((row["bench"], row["way"]), []).append(row)
 
     def chosen(rows: list[Row]) -> list[Row]:
@@ -151,6 +170,9 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
+# Texts.
+
+
 def domains_of_held_out_text(*, document_bytes: int, domain_bytes: int) -> dict[str, list[str]]:
     """The beginnings of the first documents of each of the six held-out domains."""
     domains: dict[str, list[str]] = {}
@@ -163,6 +185,12 @@ def domains_of_held_out_text(*, document_bytes: int, domain_bytes: int) -> dict[
     }
 
 
+def in_turn(domains: Mapping[str, Sequence[str]]) -> list[str]:
+    """One text of every domain, then the next of each, as long as there are some."""
+    longest = max(map(len, domains.values()))
+    return [texts[i] for i in range(longest) for texts in domains.values() if i < len(texts)]
+
+
 def read_texts(file: Path) -> list[str]:
     return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
 
@@ -172,21 +200,12 @@ def write_texts(file: Path, texts: Sequence[str]) -> Path:
     return file
 
 
-def draw_ways(axes: Any, ways: Mapping[str, Sequence[Row]], number: str, label: str) -> None:
-    """A line for each way: where its seeds began (open) and ended (full)."""
-    for at, rows in enumerate(ways.values()):
-        for row in rows:
-            start, end = row["start"].get(number, row["end"][number]), row["end"][number]
-            axes.plot([start, end], [at, at], color="lightgray", linewidth=1, zorder=1)
-            axes.plot(start, at, "o", markerfacecolor="white", markeredgecolor=f"C{at % 10}")
-            axes.plot(end, at, "o", color=f"C{at % 10}")
-        mean = statistics.fmean(row["end"][number] for row in rows)
-        axes.annotate(f"{mean:.3f}", (mean, at), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_yticks(range(len(ways)), [f"{name} ({rows[0]['tokens']:,} tokens)" for name, rows in ways.items()])
-    axes.set_xlabel(label)
-    axes.set_title("Open: before training. Full: after", loc="left")
-    axes.invert_yaxis()
-    axes.margins(y=0.08)
+def fingerprint(*values: Any) -> str:
+    """A few characters that differ where values do."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+# Pictures.
 
 
 def plotting() -> Any:
@@ -198,3 +217,20 @@ def plotting() -> Any:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     return plt
+
+
+def draw_ways(axes: Any, ways: Mapping[str, Sequence[Row]], number: str, label: str) -> None:
+    """A line for each way, the first on top: where its seeds began (open) and ended (full)."""
+    for at, rows in enumerate(ways.values()):
+        for row in rows:
+            start, end = row["start"].get(number, row["end"][number]), row["end"][number]
+            axes.plot([start, end], [-at, -at], color="lightgray", linewidth=1, zorder=1)
+            axes.plot(start, -at, "o", markerfacecolor="white", markeredgecolor=f"C{at % 10}")
+            axes.plot(end, -at, "o", color=f"C{at % 10}")
+        mean = statistics.fmean(row["end"][number] for row in rows)
+        axes.annotate(f"{mean:.3f}", (mean, -at), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+    places = [-at for at in range(len(ways))]
+    axes.set_yticks(places, [f"{name} ({rows[0]['tokens']:,} tokens)" for name, rows in ways.items()])
+    axes.set_xlabel(label)
+    axes.set_title("Open: before training. Full: after", loc="left")
+    axes.margins(y=0.1)

@@ -32,6 +32,8 @@ from common import (
     Row,
     domains_of_held_out_text,
     draw_ways,
+    finish,
+    in_turn,
     plotting,
     rows_of,
     spread,
@@ -65,7 +67,6 @@ from jaxdistill.train.config import (
     StudentConfig,
     TeacherConfig,
 )
-from jaxdistill.train.loop import train
 from jaxdistill.types import as_batch
 
 CALIBRATION_BATCHES = 16
@@ -177,8 +178,7 @@ def smollm2(out: Path, results: Path, share: str) -> None:
 
 def six_domains(file: Path) -> Path:
     """1,400 bytes of each of the six held-out domains in turn, so that 32 windows see all of them."""
-    chosen = list(domains_of_held_out_text(document_bytes=1_500, domain_bytes=6_000).values())
-    return write_texts(file, [texts[i] for i in range(max(map(len, chosen))) for texts in chosen if i < len(texts)])
+    return write_texts(file, in_turn(domains_of_held_out_text(document_bytes=1_500, domain_bytes=6_000)))
 
 
 # The toy: a byte-level model on the standard library's own source.
@@ -244,7 +244,7 @@ def source_code(out: Path) -> tuple[Path, Path]:
 
 def train_toy_teacher(bench: Bench, seed: int) -> None:
     if not bench.teacher.exists():
-        train(
+        finish(
             dataclasses.replace(
                 bench.config("", seed=seed, rate=3e-3, steps=1500),
                 out=str(bench.teacher.parent),
