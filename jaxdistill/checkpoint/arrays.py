@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+CHUNK_BYTES = 1 << 28
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read, with what is left intact and what to do."""
@@ -104,7 +106,11 @@ def handler() -> ocp.PyTreeCheckpointHandler:
 
 def save_args(arrays: Mapping[str, jax.Array]) -> ocp.args.PyTreeSave:
     """Named arrays as Orbax takes them; random keys as their raw data."""
-    return ocp.args.PyTreeSave({name: jax.random.key_data(x) if is_key(x) else x for name, x in arrays.items()})
+    return ocp.args.PyTreeSave(
+        {name: jax.random.key_data(x) if is_key(x) else x for name, x in arrays.items()},
+        # So that a part of an array can be read without the whole of it.
+        save_args={name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays},
+    )
 
 
 def restore_args(expected: Mapping[str, Any]) -> ocp.args.PyTreeRestore:

@@ -79,16 +79,10 @@ def save_model(
     disk fails.
     """
     target = local_path(directory).absolute()
-    _refuse_existing(target)
+    refuse_existing(target)
     named = arrays.named_leaves(params)
     specs = arrays.leaf_specs(named)
     _check(specs, config, [size for size, _ in config.segments], "the model to save")
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": _config_to_json(config),
-        "arrays": arrays.specs_to_json(specs),
-    }
     with contextlib.ExitStack() as stack:
         temporary = target
         if jax.process_index() == 0:
@@ -105,11 +99,22 @@ def save_model(
                 "space or check the disk, then save again."
             ) from error
         if jax.process_index() == 0:
-            write_text(temporary / FILE, json.dumps(document, indent=1) + "\n")
+            write_description(temporary, config, specs)
             if write_tokenizer is not None:
                 write_tokenizer(temporary)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {target}")
+
+
+def write_description(directory: Path, config: ModelConfig, specs: Mapping[str, LeafSpec]) -> None:
+    """What tells that a directory is a model of ours."""
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": _config_to_json(config),
+        "arrays": arrays.specs_to_json(specs),
+    }
+    write_text(directory / FILE, json.dumps(document, indent=1) + "\n")
 
 
 def load_model_checkpoint(
@@ -162,7 +167,7 @@ def is_model(directory: str | os.PathLike[str]) -> bool:
     return (local_path(directory) / FILE).is_file()
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
     if is_model(target):
         raise FileExistsError(f"{target} already holds a model ({describe(target)}). Choose another name or move it.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -81,6 +83,64 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
             error.add_note(f"{destination} was not written: it is as it was before, and no partial directory is left.")
         raise
     _sync_directory(destination.parent)
+
+
+class Done:
+    """Names of what is finished inside a resumable directory; each is on disk as soon as it is added."""
+
+    def __init__(self, file: TextIO, names: Iterable[str]):
+        self._file, self._names = file, set(names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def add(self, name: str) -> None:
+        self._file.write(name + "\n")
+        self._file.flush()
+        self._names.add(name)
+
+
+@contextlib.contextmanager
+def resumable_directory(path: str | os.PathLike[str], made_from: str) -> Iterator[tuple[Path, Done]]:
+    """Like `atomic_directory`, for work that is long: what an interrupted block has made stays in a hidden sibling, and
+    the next call goes on with it if it is `made_from` the same. The block skips what is in the second value, and adds
+    to it what it has finished.
+
+    Raises FileExistsError as `atomic_directory` does, and where another process is writing the same directory.
+    """
+    destination = local_path(path)
+    _refuse_existing(destination)
+    partial = destination.with_name(f".{destination.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    progress, head = partial / ".finished", json.dumps(made_from)
+    with progress.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FileExistsError(f"another process is writing {destination}. Wait for it, or stop it.") from None
+        file.seek(0)
+        first, *names = file.read().split("\n")
+        if first != head:
+            _empty(partial, but=progress)
+            file.truncate(0)
+            file.write(head)
+            names = []
+        # On a line of its own, where the last name was cut off.
+        file.write("\n")
+        yield partial, Done(file, names[:-1])
+        progress.unlink()
+        _sync_tree(partial)
+        _refuse_existing(destination)
+        os.rename(partial, destination)
+    _sync_directory(destination.parent)
+
+
+def _empty(directory: Path, *, but: Path) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry != but:
+            entry.unlink()
 
 
 def _refuse_existing(destination: Path) -> None:

@@ -32,6 +32,23 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
+def counted_bytes(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Like `counted` for bytes, with their rate and the time that is left."""
+    state, began, first = "", time.perf_counter(), None
+
+    def report(done: int, total: int) -> None:
+        nonlocal state, first
+        # What an interrupted job had finished says nothing about the rate.
+        first = done if first is None else first
+        rate = (done - first) / max(time.perf_counter() - began, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+        state = f" {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s{left}"
+
+    with _ticking(what, lambda: state):
+        yield report
+
+
+@contextlib.contextmanager
 def _ticking(what: str, state: Callable[[], str]) -> Iterator[None]:
     began, finished = time.perf_counter(), threading.Event()
     live = sys.stderr.isatty()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from jaxdistill.formats.safetensors import save_safetensors
 from jaxdistill.formats.source import TensorInfo
 from jaxdistill.models.families import FAMILIES
 from jaxdistill.models.families.family import ConfigError, axis_sizes, to_stored
-from jaxdistill.models.schema import locate, schema
+from jaxdistill.models.parts import ParamsInParts, Parts, part_names
+from jaxdistill.models.schema import schema
 from jaxdistill.specs import LayerSpec, ModelConfig
 from jaxdistill.tokenizers.base import SpecialTokens, Tokenizer
 from jaxdistill.types import Params
@@ -37,18 +38,41 @@ def write_hf(
     max_shard_bytes: int = 5_000_000_000,
     replace: bool = False,
 ) -> Path:
-    """A model as config.json, safetensors and the tokenizer's files; returns the directory.
+    """A model as config.json, safetensors and the tokenizer's files; returns the directory. See `write_hf_parts`.
 
     params: the stacked tree; one tensor at a time is brought to the host. dtype: float32, bfloat16 or float16. The
     tokenizer also gives the ids that begin and end a text. A tied head is not written. The directory appears complete
     or not at all; an existing non-empty one is refused unless `replace`. Raises ConfigError for a model that the
     format cannot express: ask `check_exportable` before training one.
     """
+    check_exportable(config)
+    _check_local(params)
+    return write_hf_parts(
+        directory,
+        ParamsInParts(config, params),
+        dtype=dtype,
+        tokenizer=tokenizer,
+        max_shard_bytes=max_shard_bytes,
+        replace=replace,
+    )
+
+
+def write_hf_parts(
+    directory: str | os.PathLike[str],
+    parts: Parts,
+    *,
+    dtype: Any,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    replace: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """The same of a model that is read part by part. progress: called with (bytes written, bytes in all)."""
+    config = parts.config
     fields = check_exportable(config)
     kind = np.dtype(dtype)
     if kind.name not in WRITTEN_DTYPES:
         raise ValueError(f"dtype is {kind}; allowed are {', '.join(WRITTEN_DTYPES)}.")
-    _check_local(params)
     family, special = FAMILIES[config.family], tokenizer.special if tokenizer else SpecialTokens()
     fields |= {
         "architectures": [family.hf_architecture],
@@ -69,8 +93,19 @@ def write_hf(
         if tokenizer is not None:
             write_text(folder / GENERATION_NAME, _json(_generation(special)))
             tokenizer.save(folder)
-        save_safetensors(folder, infos, _tensors(config, params, kind), max_shard_bytes=max_shard_bytes)
+        tensors = _counted(_tensors(parts, kind), sum(info.nbytes for info in infos.values()), progress)
+        save_safetensors(folder, infos, tensors, max_shard_bytes=max_shard_bytes)
     return local_path(directory)
+
+
+def _counted(
+    tensors: Iterator[tuple[str, np.ndarray]], total: int, progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, np.ndarray]]:
+    done = 0
+    for name, tensor in tensors:
+        yield name, tensor
+        done += tensor.nbytes
+        progress(done, total)
 
 
 def check_exportable(config: ModelConfig) -> dict[str, Any]:
@@ -132,30 +167,22 @@ def _check_local(params: Params) -> None:
         )
 
 
-def _tensors(config: ModelConfig, params: Params, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(parts: Parts, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor as it is stored, one at a time."""
-    family, fused = FAMILIES[config.family], []
-    for name, spec in schema(config).items():
-        path, layer = locate(config, name)
-        leaf = params
-        for key in path:
-            leaf = leaf[key]
-        # A traced index: one program for all layers of a leaf.
-        array = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-        stored = family.hf_stored(config, name)
-        for number, tensor in enumerate(stored.tensors(axis_sizes(spec.axes, spec.shape))):
-            part, axes = array, spec.axes
-            if stored.numbered:
-                part, axes = jax.lax.dynamic_index_in_dim(array, number, keepdims=False), axes[1:]
-            found = _cast(tensor.name, to_stored(tensor, axes, np.asarray(part)), dtype)
-            if stored.rows is None:
-                yield tensor.name, found
-                continue
-            # Parameters that share a tensor come in turn, and it is written when all are there.
-            fused.append(found)
-            if sum(map(len, fused)) == stored.rows[1]:
-                yield tensor.name, np.concatenate(fused)
-                fused = []
+    family, fused = FAMILIES[parts.config.family], []
+    for name, expert in part_names(parts.config):
+        stored, axes = family.hf_stored(parts.config, name), schema(parts.config)[name].axes
+        if expert is not None:
+            stored, axes = stored.tensor(expert), axes[1:]
+        found = _cast(stored.name, to_stored(stored, axes, parts.read(name, expert)), dtype)
+        if stored.rows is None:
+            yield stored.name, found
+            continue
+        # Parameters that share a tensor come in turn, and it is written when all are there.
+        fused.append(found)
+        if sum(map(len, fused)) == stored.rows[1]:
+            yield stored.name, np.concatenate(fused)
+            fused = []
 
 
 def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

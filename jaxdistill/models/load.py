@@ -56,6 +56,28 @@ class Checkpoint:
     """From our per-layer name."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CheckpointInParts:
+    """An open checkpoint, read part by part; everything about it is checked first."""
+
+    checkpoint: Checkpoint
+
+    def __post_init__(self):
+        check_tensors(self.checkpoint)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    def read(self, name: str, expert: int | None = None) -> np.ndarray:
+        """See `models.parts.Parts`."""
+        spec, stored = schema(self.config)[name], self.checkpoint.stored(name)
+        if expert is not None:
+            stored, spec = stored.tensor(expert), dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:])
+        whole = tuple(slice(0, size) for size in spec.shape)
+        return _read_part(self.checkpoint.source, stored, spec, whole)
+
+
 def read_model(
     path: str | os.PathLike[str], *, layout: Layout = Layout(), dtype: Any = jnp.float32
 ) -> tuple[ModelConfig, Params]:
@@ -135,9 +157,7 @@ def read_params(checkpoint: Checkpoint, *, layout: Layout = Layout(), dtype: Any
     config = checkpoint.config
     specs = schema(config)
     stored = {name: checkpoint.stored(name) for name in specs}
-    tensors = {name: stored[name].tensors(axis_sizes(spec.axes, spec.shape)) for name, spec in specs.items()}
-    _check_names(checkpoint, {tensor.name for each in tensors.values() for tensor in each})
-    _check_tensors(checkpoint.source, specs, tensors)
+    check_tensors(checkpoint)
     shardings = param_shardings(config, layout)
     tree: Params = {}
     for path, members in _leaves(config).items():
@@ -212,6 +232,14 @@ def _read_part(source: TensorSource, stored: Stored, spec: ParamSpec, index: Ind
 
 def _length(part: slice) -> int:
     return part.stop - part.start
+
+
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Refuses tensors that are missing, left over, of another shape, or of a dtype that is no plain number."""
+    specs = schema(checkpoint.config)
+    tensors = {name: checkpoint.stored(name).tensors(axis_sizes(spec.axes, spec.shape)) for name, spec in specs.items()}
+    _check_names(checkpoint, {tensor.name for each in tensors.values() for tensor in each})
+    _check_tensors(checkpoint.source, specs, tensors)
 
 
 def _check_names(checkpoint: Checkpoint, expected: Collection[str]) -> None:
