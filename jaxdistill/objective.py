@@ -169,7 +169,8 @@ class Objective:
 
     def total(self, means: Mapping[str, Mean], factors: Mapping[str, Array]) -> Float[Array, ""]:
         """The loss of the averaged terms, of those that have factors."""
-        return sum(((factor * means[name].total).sum() for name, factor in factors.items()), jnp.float32(0))
+        found: Any = sum((factor * means[name].total).sum() for name, factor in factors.items())
+        return jnp.float32(0) + found
 
     def _trained(self, terms: Mapping[str, AnyTerm]) -> dict[str, AnyTerm]:
         """Without those that never have a weight: they are reported, and nothing of them is differentiated."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,7 @@ def _log_share(
 ) -> Float[Array, "position"]:
     peak = _peak(local, axes)
     some = _psum(jnp.where(chosen, jnp.exp(local - peak[:, None]), 0.0).sum(-1), axes)
-    normalizer = _log_normalizer(local, axes)
+    normalizer: Any = _log_normalizer(local, axes)
     return jnp.maximum(jnp.log(some) + peak - normalizer, math.log(SMALLEST_SHARE))
 
 
