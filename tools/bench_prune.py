@@ -78,12 +78,12 @@ def measure_importance(calibration: Calibration) -> Importance:
 
 
 def measure_plan(model: Model, scores: Importance, repeats: int) -> None:
-    spec, depth = model.config.layers[0], len(model.config.layers)
+    widths, depth = model.config.layers[0].widths, len(model.config.layers)
     target = Target(
         layers=depth * 4 // 5,
         embed=model.config.embed * 3 // 4,
-        mlp=spec.ffn.mlp * 3 // 4,
-        heads=spec.mixer.heads * 2 // 3 // spec.mixer.kv_heads * spec.mixer.kv_heads,
+        mlp=widths["mlp"] * 3 // 4,
+        heads=widths["heads"] * 2 // 3 // widths["kv_heads"] * widths["kv_heads"],
     )
     plan = choose(model.config, scores, target)
     _, cut = plan_cut(model.config, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class RouterTerm(abc.ABC):
     weight: Scalar
     layers: tuple[int, ...] | None = None
 
-    def resolved(self, mixtures: Sequence[int]) -> RouterTerm:
+    def resolved(self, mixtures: Sequence[int]) -> Self:
         """This term for a model whose layers with these indices have a mixture."""
         if not mixtures:
             raise ValueError(f"{type(self).__name__} is a loss of routers, and the student has none; leave it out.")

@@ -168,10 +168,8 @@ class AttentionMixer(Normed):
             scale=residual_scale(config),
         )
         if spec.qk_norm is not None:
-            own = ("head_dim",) if spec.qk_norm == "head" else None
-            for name, count, axes in (("query_norm", spec.heads, heads), ("key_norm", spec.kv_heads, kv_heads)):
-                shape = (head_dim,) if own else (count, head_dim)
-                setattr(self, name, Normalize(shape, own or axes[1:], config.norm, config.norm_epsilon))
+            self.query_norm = _head_norm(spec, spec.heads, heads[1:], config)
+            self.key_norm = _head_norm(spec, spec.kv_heads, kv_heads[1:], config)
 
     def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Points]:
         spec, constrain = self.spec, context.layout.constrain
@@ -187,6 +185,12 @@ class AttentionMixer(Normed):
         heads = context.gated("heads", constrain(heads, ("batch", "length", "heads", None)))
         points = {"mixer_normed": normed, "query": query, "key": key, "value": value, "heads": heads}
         return self.added(self.output(heads, context), context), {**points, "memory": memory}
+
+
+def _head_norm(spec: Attention, heads: int, axes: Axes, config: ModelConfig) -> Normalize:
+    """Of every head by itself, or of all of them together."""
+    shape, axes = ((spec.head_dim,), axes[1:]) if spec.qk_norm == "head" else ((heads, spec.head_dim), axes)
+    return Normalize(shape, axes, config.norm, config.norm_epsilon)
 
 
 class GatedFFN(Normed):

@@ -99,8 +99,8 @@ def _member(config: ModelConfig, wider: ModelConfig, params: Params, name: str, 
     layer = int(name.split(".")[1])
     old, new = config.layers[layer], wider.layers[layer]
     for at, axis in enumerate(target.axes):
-        if axis in PADDED:
-            value = PADDED[axis](value, at, old, new)
+        if (grow := PADDED.get(str(axis))) is not None:
+            value = grow(value, at, old, new)
     return value
 
 

@@ -69,10 +69,11 @@ def plan_cut(
 
 
 def _check_repairable(config: ModelConfig) -> None:
-    if config.norm.kind != "rms" or any(spec.mixer.qk_norm for spec in config.layers):
+    of_heads = {spec.mixer.qk_norm for spec in config.layers if spec.mixer is not None} - {None}
+    if config.norm.kind != "rms" or of_heads:
         raise ValueError(
-            f"norm_repair is 'exact'; a {config.family} with {config.norm} and norms "
-            f"{config.layers[0].mixer.qk_norm} of query and key has none. Use 'none'."
+            f"norm_repair is 'exact'; a {config.family} with {config.norm} and norms {sorted(map(str, of_heads))} of "
+            "query and key heads has none. Use 'none'."
         )
 
 

@@ -22,7 +22,7 @@ from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.pairs import MinED
-from jaxdistill.losses.router import RouterTerm
+from jaxdistill.losses.router import RouterBalance, RouterZ
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
 from jaxdistill.models.decoder import Execution, apply
 from jaxdistill.models.flops import adapter_flops, forward_flops, training_flops
@@ -331,7 +331,7 @@ def _resolved_terms(
         if isinstance(term, HiddenMatch):
             assert teacher is not None, "TrainConfig.check requires a teacher"
             terms[name] = term.resolved(student_depth=len(student.layers), teacher_depth=len(teacher.layers), kept=kept)
-        if isinstance(term, RouterTerm):
+        if isinstance(term, RouterBalance | RouterZ):
             terms[name] = term.resolved(
                 [layer for layer, spec in enumerate(student.layers) if isinstance(spec.ffn, MixtureOfExperts)]
             )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jaxdistill.models.families.family import ConfigError, Family
 from jaxdistill.models.families.hf_decoder import (
     attention_from_hf,
+    attentions,
     check_heads_divide,
     decoder_from_hf,
     decoder_to_hf,
@@ -110,30 +111,28 @@ def _ropes(f: Fields) -> dict[str, Rope]:
 
 def to_hf(family: Name, config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike."""
-    first = config.layers[0]
-    full = next((spec for spec in config.layers if spec.mixer.window is None), first)
-    fields = {**decoder_to_hf(config), "attention_bias": first.mixer.bias}
+    mixers, ffn = attentions(config), config.layers[0].ffn
+    first = mixers[0]
+    fields = {**decoder_to_hf(config), "attention_bias": first.bias}
     if family == "gemma":
-        both = {**gated_to_hf(first.ffn), **gated_to_hf(first.ffn, "hidden_activation")}
-        return {**fields, **both, **rope_to_hf(first.mixer.rope)}
+        return {**fields, **gated_to_hf(ffn), **gated_to_hf(ffn, "hidden_activation"), **rope_to_hf(first.rope)}
     check_heads_divide(config)
-    scale = first.mixer.head_dim**-0.5 if first.mixer.scale is None else first.mixer.scale
+    scale = first.head_dim**-0.5 if first.scale is None else first.scale
     fields |= {
-        **gated_to_hf(first.ffn, "hidden_activation"),
-        "attn_logit_softcapping": first.mixer.soft_cap,
+        **gated_to_hf(ffn, "hidden_activation"),
+        "attn_logit_softcapping": first.soft_cap,
         "final_logit_softcapping": config.soft_cap,
         "layer_types": layer_types_to_hf(config),
         "query_pre_attn_scalar": round(scale**-2),
         "sliding_window": window_of(config),
     }
-    ropes = rope_to_hf(full.mixer.rope)
+    ropes = rope_to_hf(next((mixer for mixer in mixers if mixer.window is None), first).rope)
     if family == "gemma2":
         return fields | ropes
-    local = next((spec.mixer.rope for spec in config.layers if spec.mixer.window is not None), None)
-    local_rope = rope_to_hf(local or Rope(theta=LOCAL_THETA))
-    both = {FULL: ropes["rope_parameters"], SLIDING: local_rope["rope_parameters"]}
-    every = next((i + 1 for i, spec in enumerate(config.layers) if spec.mixer.window is None), len(config.layers) + 1)
-    old = {"rope_local_base_freq": local_rope["rope_theta"], "sliding_window_pattern": every}
+    local = rope_to_hf(next((mixer.rope for mixer in mixers if mixer.window is not None), Rope(theta=LOCAL_THETA)))
+    both = {FULL: ropes["rope_parameters"], SLIDING: local["rope_parameters"]}
+    every = next((i + 1 for i, mixer in enumerate(mixers) if mixer.window is None), len(mixers) + 1)
+    old = {"rope_local_base_freq": local["rope_theta"], "sliding_window_pattern": every}
     return fields | ropes | old | {"rope_parameters": both}
 
 

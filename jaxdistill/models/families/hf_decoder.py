@@ -49,9 +49,17 @@ def decoder_from_hf(
     )
 
 
+def attentions(config: ModelConfig) -> list[Attention]:
+    """Every layer's attention. Raises ConfigError where one has none."""
+    found = [spec.mixer for spec in config.layers if spec.mixer is not None]
+    if len(found) < len(config.layers):
+        raise ConfigError("a layer has no attention, and this family's have.")
+    return found
+
+
 def decoder_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The fields that all families have, of the first layer where layers may differ."""
-    mixer = config.layers[0].mixer
+    mixer = attentions(config)[0]
     return {
         "attention_dropout": 0.0,
         "head_dim": mixer.head_dim,
@@ -66,7 +74,7 @@ def decoder_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def gated_to_hf(ffn: FFN, activation: str = "hidden_act") -> dict[str, Any]:
+def gated_to_hf(ffn: FFN | None, activation: str = "hidden_act") -> dict[str, Any]:
     """The fields of a gated MLP. Raises ConfigError for what is none."""
     if not isinstance(ffn, GatedMLP):
         raise ConfigError(f"the layers have {ffn}, and this family's have one gated MLP.")
@@ -82,17 +90,17 @@ def mixture_of(config: ModelConfig) -> MixtureOfExperts:
 
 
 def layer_types_to_hf(config: ModelConfig) -> list[str]:
-    return [FULL if spec.mixer.window is None else SLIDING for spec in config.layers]
+    return [FULL if mixer.window is None else SLIDING for mixer in attentions(config)]
 
 
 def window_of(config: ModelConfig) -> int | None:
     """The window of the layers that have one."""
-    return next((spec.mixer.window for spec in config.layers if spec.mixer.window is not None), None)
+    return next((mixer.window for mixer in attentions(config) if mixer.window is not None), None)
 
 
 def check_heads_divide(config: ModelConfig) -> None:
     """Refuses what transformers would not load."""
-    heads = config.layers[0].mixer.heads
+    heads = attentions(config)[0].heads
     if config.embed % heads:
         raise ConfigError(
             f"embed is {config.embed} and there are {heads} query heads; transformers loads a {config.family} "

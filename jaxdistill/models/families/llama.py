@@ -14,6 +14,7 @@ from jaxdistill.models.families.family import Family, TensorNames
 from jaxdistill.models.families.gguf_common import config_from_gguf
 from jaxdistill.models.families.hf_decoder import (
     attention_from_hf,
+    attentions,
     check_heads_divide,
     decoder_from_hf,
     decoder_to_hf,
@@ -40,7 +41,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike."""
     check_heads_divide(config)
-    mixer, ffn = config.layers[0].mixer, config.layers[0].ffn
+    mixer, ffn = attentions(config)[0], config.layers[0].ffn
     return {
         **decoder_to_hf(config),
         **gated_to_hf(ffn),

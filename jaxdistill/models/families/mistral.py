@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.models.families.family import Family
-from jaxdistill.models.families.hf_decoder import attention_from_hf, decoder_from_hf, decoder_to_hf, gated_to_hf
+from jaxdistill.models.families.hf_decoder import (
+    attention_from_hf,
+    attentions,
+    decoder_from_hf,
+    decoder_to_hf,
+    gated_to_hf,
+)
 from jaxdistill.models.families.hf_fields import Fields
 from jaxdistill.models.families.hf_rope import rope_to_hf
 from jaxdistill.models.families.llama import ATTENTION, GATED, IGNORED, PRE_NORMS, TABLES
@@ -29,7 +35,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike."""
-    mixer, ffn = config.layers[0].mixer, config.layers[0].ffn
+    mixer, ffn = attentions(config)[0], config.layers[0].ffn
     return {**decoder_to_hf(config), **gated_to_hf(ffn), **rope_to_hf(mixer.rope), "sliding_window": mixer.window}
 
 

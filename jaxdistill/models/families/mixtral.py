@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.models.families.family import Family, TensorNames
-from jaxdistill.models.families.hf_decoder import attention_from_hf, decoder_from_hf, decoder_to_hf, mixture_of
+from jaxdistill.models.families.hf_decoder import (
+    attention_from_hf,
+    attentions,
+    decoder_from_hf,
+    decoder_to_hf,
+    mixture_of,
+)
 from jaxdistill.models.families.hf_fields import HF_ACTIVATIONS, Fields
 from jaxdistill.models.families.hf_rope import rope_to_hf
 from jaxdistill.models.families.llama import ATTENTION, IGNORED, PRE_NORMS, TABLES
@@ -38,7 +44,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike."""
-    mixer, ffn = config.layers[0].mixer, mixture_of(config)
+    mixer, ffn = attentions(config)[0], mixture_of(config)
     return {
         **decoder_to_hf(config),
         **rope_to_hf(mixer.rope),

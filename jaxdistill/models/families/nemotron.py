@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.models.families.family import ConfigError, Family
-from jaxdistill.models.families.hf_decoder import attention_from_hf, decoder_from_hf, decoder_to_hf
+from jaxdistill.models.families.hf_decoder import attention_from_hf, attentions, decoder_from_hf, decoder_to_hf
 from jaxdistill.models.families.hf_fields import HF_ACTIVATIONS, Fields
 from jaxdistill.models.families.hf_rope import rope_to_hf
 from jaxdistill.models.families.llama import ATTENTION, IGNORED, PRE_NORMS, TABLES, linear
@@ -36,7 +36,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike."""
-    mixer, ffn = config.layers[0].mixer, config.layers[0].ffn
+    mixer, ffn = attentions(config)[0], config.layers[0].ffn
     if not isinstance(ffn, PlainMLP):
         raise ConfigError(f"the layers have {ffn}, and Nemotron's have an MLP without a gate.")
     fields = decoder_to_hf(config)

@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.models.families.family import Family, TensorNames
-from jaxdistill.models.families.hf_decoder import attention_from_hf, decoder_from_hf, decoder_to_hf, gated_to_hf
+from jaxdistill.models.families.hf_decoder import (
+    attention_from_hf,
+    attentions,
+    decoder_from_hf,
+    decoder_to_hf,
+    gated_to_hf,
+)
 from jaxdistill.models.families.hf_fields import Fields
 from jaxdistill.models.families.hf_rope import rope_to_hf
 from jaxdistill.models.families.llama import ATTENTION, GATED, IGNORED, PRE_NORMS, TABLES
@@ -35,7 +41,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike."""
-    mixer, ffn = config.layers[0].mixer, config.layers[0].ffn
+    mixer, ffn = attentions(config)[0], config.layers[0].ffn
     scaling = None if mixer.rope is None else mixer.rope.scaling
     original = scaling.original_length if isinstance(scaling, LongRope) else config.max_length
     return {

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from jaxdistill.models.families.family import Family
 from jaxdistill.models.families.hf_decoder import (
     attention_from_hf,
+    attentions,
     decoder_from_hf,
     decoder_to_hf,
     gated_to_hf,
@@ -38,25 +39,20 @@ def from_hf(family: Name, fields: Mapping[str, Any]) -> ModelConfig:
         options = {"bias": bias, "output_bias": bias, "qk_norm": "head"}
         mixer = attention_from_hf(f, kv_heads=32, head_dim=128, rope=f.rope(), **options)
     ffn = GatedMLP(mlp=f.size("intermediate_size", 22016), activation=f.activation())
-    layers = layers_with_windows(f, LayerSpec(mixer=mixer, ffn=ffn))
+    layers = [LayerSpec(mixer=dataclasses.replace(mixer, window=window), ffn=ffn) for window in windows(f)]
     config = decoder_from_hf(f, family, layers, epsilon=1e-6, max_length=32768)
     f.finish(required={"use_mrope": False})
     return config
 
 
-def layers_with_windows(f: Fields, spec: LayerSpec) -> list[LayerSpec]:
-    """As many layers as the fields say, the last ones with a window where it is switched on."""
+def windows(f: Fields) -> list[int | None]:
+    """Every layer's window: the last ones have one, where it is switched on."""
     depth = f.size("num_hidden_layers", 32)
     window, first = f.size_or_none("sliding_window", 4096), f.get("max_window_layers", 28)
     if not f.flag("use_sliding_window", False):
         window = None
     kinds = f.layer_types(depth, lambda layer: SLIDING if window is not None and layer >= first else FULL)
-    local = _with_window(spec, window)
-    return [local if kind == SLIDING else spec for kind in kinds]
-
-
-def _with_window(spec: LayerSpec, window: int | None) -> LayerSpec:
-    return dataclasses.replace(spec, mixer=dataclasses.replace(spec.mixer, window=window))
+    return [window if kind == SLIDING else None for kind in kinds]
 
 
 def windows_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -73,7 +69,7 @@ def windows_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def to_hf(family: Name, config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike."""
-    mixer, ffn = config.layers[0].mixer, config.layers[0].ffn
+    mixer, ffn = attentions(config)[0], config.layers[0].ffn
     fields = {**decoder_to_hf(config), **gated_to_hf(ffn), **rope_to_hf(mixer.rope), **windows_to_hf(config)}
     return fields if family == "qwen2" else {**fields, "attention_bias": mixer.bias}
 

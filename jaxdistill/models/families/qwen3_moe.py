@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.models.families.family import Family
-from jaxdistill.models.families.hf_decoder import attention_from_hf, decoder_from_hf, decoder_to_hf, mixture_of
+from jaxdistill.models.families.hf_decoder import (
+    attention_from_hf,
+    attentions,
+    decoder_from_hf,
+    decoder_to_hf,
+    mixture_of,
+)
 from jaxdistill.models.families.hf_fields import HF_ACTIVATIONS, Fields
 from jaxdistill.models.families.hf_rope import rope_to_hf
 from jaxdistill.models.families.llama import ATTENTION, GATED, IGNORED, PRE_NORMS, TABLES
@@ -22,8 +28,8 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     """Our config from a config.json of either layout. Raises ConfigError naming every field that it cannot honour."""
     f = Fields(fields)
     bias = f.flag("attention_bias", False)
-    window = f.size_or_none("sliding_window", 4096) if f.flag("use_sliding_window", False) else None
-    f.get("sliding_window"), f.get("max_window_layers")  # without the switch they change nothing
+    window = f.size_or_none("sliding_window", 4096)
+    window = window if f.flag("use_sliding_window", False) else None
     options = {"bias": bias, "output_bias": bias, "qk_norm": "head", "window": window}
     mixer = attention_from_hf(f, kv_heads=4, rope=f.rope(), **options)
     activation = f.activation()
@@ -41,13 +47,13 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         for layer in range(f.size("num_hidden_layers", 24))
     ]
     config = decoder_from_hf(f, "qwen3_moe", layers, epsilon=1e-6, max_length=32768)
-    f.finish(ignored=TRAINING)
+    f.finish(ignored=(*TRAINING, "max_window_layers"))
     return config
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike."""
-    mixer, ffn = config.layers[0].mixer, mixture_of(config)
+    mixer, ffn = attentions(config)[0], mixture_of(config)
     dense = [(i, x.ffn) for i, x in enumerate(config.layers) if isinstance(x.ffn, GatedMLP)]
     return {
         **decoder_to_hf(config),

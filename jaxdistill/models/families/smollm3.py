@@ -12,6 +12,7 @@ from typing import Any
 from jaxdistill.models.families.family import ConfigError, Family
 from jaxdistill.models.families.hf_decoder import (
     attention_from_hf,
+    attentions,
     decoder_from_hf,
     decoder_to_hf,
     gated_to_hf,
@@ -34,8 +35,8 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     rotating = f.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(depth)]
     if len(rotating) != depth or not {*rotating} <= {0, 1}:
         raise ConfigError(f"config.json has no_rope_layers {rotating}; allowed are 0 and 1, one for each of {depth}.")
-    window = f.size_or_none("sliding_window") if f.flag("use_sliding_window", False) else None
-    f.get("sliding_window")  # without the switch it changes nothing
+    window = f.size_or_none("sliding_window")
+    window = window if f.flag("use_sliding_window", False) else None
     kinds = f.layer_types(depth, lambda layer: SLIDING if window is not None and not rotating[layer] else FULL)
     layers = [
         LayerSpec(
@@ -53,16 +54,16 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read alike."""
-    mixer, ffn = config.layers[0].mixer, config.layers[0].ffn
+    mixer, ffn = attentions(config)[0], config.layers[0].ffn
     window = window_of(config)
     return {
         **decoder_to_hf(config),
         **gated_to_hf(ffn),
-        **rope_to_hf(next((spec.mixer.rope for spec in config.layers if spec.mixer.rope is not None), None)),
+        **rope_to_hf(next((mixer.rope for mixer in attentions(config) if mixer.rope is not None), None)),
         "attention_bias": mixer.bias,
         "layer_types": layer_types_to_hf(config),
         "mlp_bias": getattr(ffn, "bias", False),
-        "no_rope_layers": [int(spec.mixer.rope is not None) for spec in config.layers],
+        "no_rope_layers": [int(mixer.rope is not None) for mixer in attentions(config)],
         "sliding_window": window,
         "use_sliding_window": window is not None,
     }
