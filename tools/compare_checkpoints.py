@@ -105,6 +105,8 @@ def compare_scores(one: Model, other: Model, text: str) -> dict[str, float]:
     ids = one.tokenizer.encode(text).ids[None]
     if not ids.size:
         raise SystemExit("the text has no tokens; give a longer one.")
+    if ids.max() >= one.config.vocab:
+        raise SystemExit(f"the text has the token {ids.max()}, and the models score {one.config.vocab} ids.")
     rows = Rows(jnp.asarray(ids), jnp.arange(ids.shape[1])[None], jnp.ones_like(jnp.asarray(ids)))
     outputs = [jax.jit(lambda p, c=model.config: apply(c, p, rows))(model.params) for model in (one, other)]
     largest, divergence, same = 0.0, 0.0, 0
