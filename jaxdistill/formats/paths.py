@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, Protocol, TextIO
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -85,8 +85,15 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
     _sync_directory(destination.parent)
 
 
+class Finished(Protocol):
+    """Names of what needs not be made again."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+    def add(self, name: str, /) -> None: ...
+
+
 class Done:
-    """Names of what is finished inside a resumable directory; each is on disk as soon as it is added."""
+    """What is finished inside a resumable directory; each name is on disk as soon as it is added."""
 
     def __init__(self, file: TextIO, names: Iterable[str]):
         self._file, self._names = file, set(names)

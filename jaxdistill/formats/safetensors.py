@@ -15,14 +15,14 @@ import dataclasses
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from jaxdistill.formats.paths import atomic_file, local_path
+from jaxdistill.formats.paths import Finished, atomic_file, local_path, write_text
 from jaxdistill.formats.source import (
     FETCH_AGAIN,
     FormatError,
@@ -307,39 +307,40 @@ def write_safetensors(
     `{"format": "pt"}`, which Hugging Face readers ask for. Raises `ValueError` where `tensors` differs from `infos`.
     """
     with atomic_file(path) as file:
-        _fill([(_begin_file(file, infos, metadata), infos)], tensors)
+        _fill(_begin_file(file, infos, metadata), infos, tensors)
 
 
 def save_safetensors(
     directory: str | os.PathLike[str],
     infos: Mapping[str, TensorInfo],
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Callable[[Collection[str]], Iterable[tuple[str, np.ndarray]]],
     *,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
+    done: Finished | None = None,
 ) -> tuple[Path, ...]:
     """Writes a model's weights into a directory under Hugging Face's names; returns the paths written.
 
     One `model.safetensors` if the tensors fit into `max_shard_bytes`, else `model-00001-of-0000N.safetensors` and an
-    index. A tensor is never split, so one that is larger has a shard of its own. Nothing takes its final name before
-    everything is written, and the index does so last; use `paths.atomic_directory` where all files of a directory
-    must appear at once. See `write_safetensors` for the other arguments and errors.
+    index. A tensor is never split, so one that is larger has a shard of its own. Shards are written one after the
+    other, each atomically, and the index last: use `paths.atomic_directory` or `resumable_directory` around it, so that
+    all appear at once. tensors: gives those with the names that it is asked for, in their order. done: shards that are
+    there already, by their names; others are added to it. See `write_safetensors` for the other arguments and errors.
     """
-    folder = local_path(directory)
+    folder, finished = local_path(directory), set() if done is None else done
     shards = _split(infos, max_shard_bytes)
     names = [SINGLE_NAME] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     written = names if len(shards) == 1 else [*names, INDEX_NAME]
     _refuse_other_layout(folder, set(written))
-    with contextlib.ExitStack() as stack:
-        # Files take their names in the reverse order of opening: the index, opened first, is last.
-        if len(shards) > 1:
-            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            total = sum(info.nbytes for info in infos.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            stack.enter_context(atomic_file(folder / INDEX_NAME)).write(json.dumps(index, indent=2).encode() + b"\n")
-        files = [stack.enter_context(atomic_file(folder / name)) for name in names]
-        targets = [(_begin_file(file, shard, metadata), shard) for file, shard in zip(files, shards, strict=True)]
-        _fill(targets, tensors)
+    for name, shard in zip(names, shards, strict=True):
+        if name not in finished:
+            write_safetensors(folder / name, shard, tensors(shard), metadata=metadata)
+            finished.add(name)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(info.nbytes for info in infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
     return tuple(folder / name for name in written)
 
 
@@ -378,14 +379,11 @@ def _begin_file(file: BinaryIO, infos: Mapping[str, TensorInfo], metadata: Mappi
     return _Target(file, {name: 8 + len(text) + offset for name, offset in offsets.items()})
 
 
-def _fill(
-    targets: Sequence[tuple[_Target, Mapping[str, TensorInfo]]], tensors: Iterable[tuple[str, np.ndarray]]
-) -> None:
+def _fill(target: _Target, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes every tensor to its place; names, order, shapes and dtypes must be the announced ones."""
     given = iter(tensors)
-    for target, infos in targets:
-        for name, info in infos.items():
-            _write_next(target, name, info, given)
+    for name, info in infos.items():
+        _write_next(target, name, info, given)
     for name, _ in given:
         raise ValueError(f"the tensor {name!r} was given, but all announced ones are written. Announce it in infos.")
 

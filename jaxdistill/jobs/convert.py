@@ -42,7 +42,8 @@ def convert_model(
         what = f"writing {count_parameters(parts.config):,} parameters from {source} to {destination}"
         with counted_bytes(what) as progress:
             if to == "hf":
-                write_hf_parts(target, parts, dtype=dtype, tokenizer=tokenizer, progress=progress)
+                options = {"tokenizer": tokenizer, "source": _state_of(source), "progress": progress}
+                write_hf_parts(target, parts, dtype=dtype, **options)
             else:
                 save_parts(
                     target,

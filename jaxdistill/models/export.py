@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdistill.formats.paths import atomic_directory, local_path, write_text
+from jaxdistill.formats.paths import Finished, atomic_directory, local_path, resumable_directory, write_text
 from jaxdistill.formats.safetensors import save_safetensors
 from jaxdistill.formats.source import TensorInfo
 from jaxdistill.models.families import FAMILIES
@@ -65,47 +66,95 @@ def write_hf_parts(
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
     replace: bool = False,
+    source: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """The same of a model that is read part by part. progress: called with (bytes written, bytes in all)."""
+    """The same of a model that is read part by part.
+
+    source: what the parts come from and which of its states; given, an interrupted writing goes on at the shard where
+    it was. progress: called with (bytes written, bytes in all).
+    """
     config = parts.config
     fields = check_exportable(config)
     kind = np.dtype(dtype)
     if kind.name not in WRITTEN_DTYPES:
         raise ValueError(f"dtype is {kind}; allowed are {', '.join(WRITTEN_DTYPES)}.")
-    family, special = FAMILIES[config.family], tokenizer.special if tokenizer else SpecialTokens()
-    fields |= {
-        "architectures": [family.hf_architecture],
+    infos = {name: info for name, (info, _) in _stored_tensors(config, kind).items()}
+    fields |= _described(config, kind, tokenizer.special if tokenizer else SpecialTokens())
+    with _folder(directory, replace, source and f"{source} {kind} {max_shard_bytes}") as (folder, done):
+        write_text(folder / CONFIG_NAME, _json(fields))
+        if tokenizer is not None:
+            write_text(folder / GENERATION_NAME, _json(_generation(tokenizer.special)))
+            tokenizer.save(folder)
+        tensors = _Tensors(parts, kind, progress)
+        save_safetensors(folder, infos, tensors, max_shard_bytes=max_shard_bytes, done=done)
+    return local_path(directory)
+
+
+def _described(config: ModelConfig, dtype: np.dtype, special: SpecialTokens) -> dict[str, Any]:
+    return {
+        "architectures": [FAMILIES[config.family].hf_architecture],
         "model_type": config.family,
-        "dtype": kind.name,
-        "torch_dtype": kind.name,  # transformers 4's name for it
+        "dtype": dtype.name,
+        "torch_dtype": dtype.name,  # transformers 4's name for it
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
         "pad_token_id": special.pad,
     }
-    infos = {}
-    for name, spec in schema(config).items():
+
+
+@contextlib.contextmanager
+def _folder(directory: str | os.PathLike[str], replace: bool, made_from: str | None) -> Iterator[tuple[Path, Finished]]:
+    """A directory to fill, and what of it is there already."""
+    if made_from is not None and not replace:
+        with resumable_directory(directory, made_from) as (folder, done):
+            yield folder, done
+    else:
+        with atomic_directory(directory, replace=replace) as folder:
+            yield folder, set()
+
+
+Part = tuple[str, int | None]
+
+
+def _stored_tensors(config: ModelConfig, dtype: np.dtype) -> dict[str, tuple[TensorInfo, list[Part]]]:
+    """Every tensor of the files, and the parts of ours that it holds, in their order."""
+    family, found = FAMILIES[config.family], {}
+    for name, expert in part_names(config):
+        spec, stored = schema(config)[name], family.hf_stored(config, name)
         sizes = axis_sizes(spec.axes, spec.shape)
-        for tensor in family.hf_stored(config, name).tensors(sizes):
-            infos[tensor.name] = TensorInfo(tensor.shape(sizes), kind)
-    with atomic_directory(directory, replace=replace) as folder:
-        write_text(folder / CONFIG_NAME, _json(fields))
-        if tokenizer is not None:
-            write_text(folder / GENERATION_NAME, _json(_generation(special)))
-            tokenizer.save(folder)
-        tensors = _counted(_tensors(parts, kind), sum(info.nbytes for info in infos.values()), progress)
-        save_safetensors(folder, infos, tensors, max_shard_bytes=max_shard_bytes)
-    return local_path(directory)
+        stored = stored if expert is None else stored.tensor(expert)
+        found.setdefault(stored.name, (TensorInfo(stored.shape(sizes), dtype), []))[1].append((name, expert))
+    return found
 
 
-def _counted(
-    tensors: Iterator[tuple[str, np.ndarray]], total: int, progress: Callable[[int, int], None]
-) -> Iterator[tuple[str, np.ndarray]]:
-    done = 0
-    for name, tensor in tensors:
-        yield name, tensor
-        done += tensor.nbytes
-        progress(done, total)
+class _Tensors:
+    """Gives tensors as they are stored, one at a time, and reports what has been given."""
+
+    def __init__(self, parts: Parts, dtype: np.dtype, progress: Callable[[int, int], None]):
+        self._parts, self._dtype, self._progress = parts, dtype, progress
+        self._all = _stored_tensors(parts.config, dtype)
+        self._total, self._given = sum(info.nbytes for info, _ in self._all.values()), 0
+
+    def __call__(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+        # What comes before was written by a run that was interrupted.
+        first = list(self._all).index(next(iter(names)))
+        self._given = sum(info.nbytes for info, _ in list(self._all.values())[:first])
+        for name in names:
+            yield name, self._tensor(name)
+            self._given += self._all[name][0].nbytes
+            self._progress(self._given, self._total)
+
+    def _tensor(self, name: str) -> np.ndarray:
+        found = [self._part(name, *part) for part in self._all[name][1]]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _part(self, tensor: str, name: str, expert: int | None) -> np.ndarray:
+        config = self._parts.config
+        stored, axes = FAMILIES[config.family].hf_stored(config, name), schema(config)[name].axes
+        if expert is not None:
+            stored, axes = stored.tensor(expert), axes[1:]
+        return _cast(tensor, to_stored(stored, axes, self._parts.read(name, expert)), self._dtype)
 
 
 def check_exportable(config: ModelConfig) -> dict[str, Any]:
@@ -165,24 +214,6 @@ def _check_local(params: Params) -> None:
             f"the parameters are spread over {jax.process_count()} processes; a directory is written by one. "
             "Save a checkpoint, and convert it in a single process."
         )
-
-
-def _tensors(parts: Parts, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as it is stored, one at a time."""
-    family, fused = FAMILIES[parts.config.family], []
-    for name, expert in part_names(parts.config):
-        stored, axes = family.hf_stored(parts.config, name), schema(parts.config)[name].axes
-        if expert is not None:
-            stored, axes = stored.tensor(expert), axes[1:]
-        found = _cast(stored.name, to_stored(stored, axes, parts.read(name, expert)), dtype)
-        if stored.rows is None:
-            yield stored.name, found
-            continue
-        # Parameters that share a tensor come in turn, and it is written when all are there.
-        fused.append(found)
-        if sum(map(len, fused)) == stored.rows[1]:
-            yield stored.name, np.concatenate(fused)
-            fused = []
 
 
 def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -91,6 +91,19 @@ def test_what_was_interrupted_goes_on_where_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_shards_that_were_finished_are_not_read_again(tmp_path):
+    config = family_models()["phi3_long"]
+    params, options = tiny_params(config), {"dtype": "float32", "source": "it", "max_shard_bytes": 8000}
+    with pytest.raises(Interrupted):
+        write_hf_parts(tmp_path / "hf", Counting(config, params, 15), **options)
+    assert not (tmp_path / "hf").exists()
+    rest = Counting(config, params)
+    write_hf_parts(tmp_path / "hf", rest, **options)
+    assert 0 < len(rest.read_names) < len([*part_names(config)]) - 3
+    assert_equal(read_model(tmp_path / "hf")[1], params)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 @pytest.mark.parametrize("change", [{"source": "another"}, {"dtype": "bfloat16"}])
 def test_parts_of_another_state_are_not_kept(change, tmp_path):
     config = llama()

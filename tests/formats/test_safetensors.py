@@ -27,7 +27,7 @@ def infos_of(tensors):
 
 
 def save(directory, tensors, **options):
-    return save_safetensors(directory, infos_of(tensors), tensors.items(), **options)
+    return save_safetensors(directory, infos_of(tensors), lambda names: ((n, tensors[n]) for n in names), **options)
 
 
 def names(folder):
@@ -383,6 +383,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 FULL_DISK = """
 import resource, sys
 import numpy as np
+from jaxdistill.formats.paths import atomic_directory
 from jaxdistill.formats.safetensors import save_safetensors
 from jaxdistill.formats.source import TensorInfo
 
@@ -390,7 +391,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 info = TensorInfo((20_000,), np.dtype("float32"))
 values = np.zeros(20_000, np.float32)
 tensors = {name: info for name in ("a", "b", "c")}
-save_safetensors(sys.argv[1], tensors, ((name, values) for name in tensors), max_shard_bytes=int(sys.argv[2]))
+with atomic_directory(sys.argv[1], replace=True) as folder:
+    save_safetensors(folder, tensors, lambda names: ((n, values) for n in names), max_shard_bytes=int(sys.argv[2]))
 """
 
 
@@ -406,5 +408,27 @@ def test_full_disk_keeps_the_old_model(tmp_path, max_shard_bytes):
     )
     assert process.returncode == 1
     assert "OSError: [Errno 27] File too large" in process.stderr
-    assert "was not written: it is as it was before, and no partial file is left." in process.stderr
+    assert "was not written: it is as it was before, and no partial" in process.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_shards_that_are_there_are_not_made_again(tmp_path):
+    """Nobody asks for their tensors."""
+    tensors = {name: np.full(100, ord(name), np.float32) for name in "abcd"}
+    asked, done = [], set()
+
+    def given(names):
+        for name in names:
+            asked.append(name)
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            yield name, tensors[name]
+
+    with pytest.raises(KeyboardInterrupt):
+        save_safetensors(tmp_path, infos_of(tensors), given, max_shard_bytes=800, done=done)
+    assert done == {"model-00001-of-00002.safetensors"}
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    save_safetensors(tmp_path, infos_of(tensors), given, max_shard_bytes=800, done=done)
+    assert asked == ["a", "b", "c", "c", "d"]
+    with open_safetensors(tmp_path) as source:
+        assert all((source.read(name) == tensors[name]).all() for name in "abcd")
