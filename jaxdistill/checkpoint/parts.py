@@ -37,23 +37,28 @@ def save_parts(
     *,
     dtype: Any,
     source: str,
+    compress: bool = False,
     write_tokenizer: Callable[[Path], None] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Writes a model into a new directory, whole or not at all; what was interrupted goes on where it was.
 
     dtype: of the weights that are written. source: what the parts come from and which of its states, in a few words: a
-    part that was written from another is not kept. Two parts are in memory at most.
+    part that was written from another is not kept. compress: with zstd, which saves a little of weights, for time. Two
+    parts are in memory at most.
     """
     target = local_path(directory).absolute()
     refuse_existing(target)
     config, kind = parts.config, jnp.dtype(dtype)
     leaves = {"/".join(path): leaf for path, leaf in stacked_schema(config).items()}
     specs = {name: LeafSpec(leaf.shape, str(_dtype(leaf, kind))) for name, leaf in leaves.items()}
-    made_from = json.dumps({"source": source, "arrays": {name: str(spec) for name, spec in specs.items()}})
+    arrays = {name: str(spec) for name, spec in specs.items()}
+    made_from = json.dumps({"source": source, "arrays": arrays, "compress": compress})
     total = sum(spec.bytes for spec in specs.values())
     with resumable_directory(target, made_from) as (folder, done):
-        stores = {name: _create(folder / "arrays", name, leaf, kind) for name, leaf in leaves.items()}
+        stores = {
+            name: _create(folder / "arrays", name, leaf, kind, compress=compress) for name, leaf in leaves.items()
+        }
         written = 0
         with _InFlight(done) as in_flight:
             for name, expert in part_names(config):
@@ -107,7 +112,7 @@ def _part_bytes(config: ModelConfig, name: str, expert: int | None, leaf: LeafSp
     return int(np.prod(shape)) * jnp.dtype(leaf.dtype).itemsize
 
 
-def _create(folder: Path, name: str, leaf: StackedSpec, dtype: np.dtype) -> Any:
+def _create(folder: Path, name: str, leaf: StackedSpec, dtype: np.dtype, *, compress: bool) -> Any:
     """An array to fill, one part to a chunk; the one that is there already where writing goes on."""
     singles = int(leaf.stacked) + int(len(leaf.spec.axes) > 1 and leaf.spec.axes[0] == "experts")
     shape = leaf.shape
@@ -116,7 +121,7 @@ def _create(folder: Path, name: str, leaf: StackedSpec, dtype: np.dtype) -> Any:
             "shape": list(shape),
             "chunks": [1] * singles + [max(size, 1) for size in shape[singles:]],
             "dtype": _zarr_dtype(_dtype(leaf, dtype)),
-            "compressor": None,
+            "compressor": {"id": "zstd", "level": 1} if compress else None,
         }
     }
     return ts.open(spec, create=True, open=True).result()

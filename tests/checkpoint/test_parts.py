@@ -59,6 +59,17 @@ def test_layers_without_parameters_and_shorter_stacks(tmp_path):
     assert describe(tmp_path / "parts").bytes == 2 * describe(tmp_path / "parts").parameters
 
 
+def test_compressed_arrays_are_read_alike(tmp_path):
+    config = llama(embed=64, mlp=256)
+    params = jax.tree.map(jnp.zeros_like, tiny_params(config))
+    for compress in (False, True):
+        target = tmp_path / str(compress)
+        save_parts(target, ParamsInParts(config, params), dtype="float32", source="it", compress=compress)
+        assert_equal(load_model_checkpoint(target, layout=Layout())[1], params)
+    sizes = [sum(f.stat().st_size for f in (tmp_path / each).rglob("*") if f.is_file()) for each in ("False", "True")]
+    assert sizes[1] < sizes[0] / 5
+
+
 class Interrupted(Exception):
     pass
 
