@@ -129,7 +129,7 @@ def _hf_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Family]:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{file} is missing. Give a directory with {CONFIG_NAME} and safetensors.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{file} is not JSON in UTF-8 ({error}). Download or write it again.") from None
     if not isinstance(fields, dict):
         raise FormatError(f"{file} holds a JSON {type(fields).__name__}; an object is needed. Download it again.")
@@ -139,10 +139,12 @@ def _hf_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Family]:
     except ConfigError as error:
         error.add_note(f"(while reading {file})")
         raise
+    except ValueError as error:
+        raise ConfigError(f"{file} describes a model that cannot be: {error} Correct it.") from error
 
 
 def _known(what: str, name: Any, families: Mapping[str, Family]) -> Family:
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         raise ConfigError(
             f"{what} is {name!r}; allowed are {', '.join(families)}. Use a model of one of these families."
         )

@@ -14,6 +14,8 @@ from jaxdistill.models.schema import schema
 from jaxdistill.sharding import Axes
 from jaxdistill.specs import MixtureOfExperts, ModelConfig
 
+MAX_LAYERS = 10_000
+
 
 class ConfigError(ValueError):
     """A model description that cannot be taken over exactly; says which field, what is allowed, what to do."""
@@ -182,13 +184,31 @@ def check_fields(
 
 
 def required_field(what: str, fields: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A field that must be there and of one type; ints pass as floats, and are positive: all are sizes."""
+    """A field that must be there and of one type; ints pass as floats. Ints are sizes, above 0 and below 2^31; floats
+    are finite."""
     value: Any = fields.get(name)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if type(value) is not kind or (kind is int and value < 1):
-        needed = "a positive int" if kind is int else f"a {kind.__name__}"
+    fits = {int: lambda: 0 < value < 2**31, float: lambda: math.isfinite(value)}.get(kind, lambda: True)
+    if type(value) is not kind or not fits():
+        needed = {int: "an int above 0 and below 2^31", float: "a finite number"}.get(kind, f"a {kind.__name__}")
         raise ConfigError(f"{what} has {name} = {value!r:.80}; {needed} is needed. Complete or correct it.")
+    return value
+
+
+def positive(what: str, fields: Mapping[str, Any], name: str) -> float:
+    """A number above 0 that must be there."""
+    value = required_field(what, fields, name, float)
+    if value <= 0:
+        raise ConfigError(f"{what} has {name} = {value}; a number above 0 is needed. Correct it.")
+    return value
+
+
+def depth_of(what: str, fields: Mapping[str, Any], name: str) -> int:
+    """A number of layers: bounded, since every layer gets a description before a tensor is read."""
+    value = required_field(what, fields, name, int)
+    if value > MAX_LAYERS:
+        raise ConfigError(f"{what} has {name} = {value}; at most {MAX_LAYERS} layers are read. Correct it.")
     return value
 
 

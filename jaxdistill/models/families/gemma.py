@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from jaxdistill.models.families.family import ConfigError, Family
+from jaxdistill.models.families.family import ConfigError, Family, required_field
 from jaxdistill.models.families.hf_decoder import (
     attention_from_hf,
     attentions,
@@ -24,7 +24,7 @@ from jaxdistill.models.families.hf_decoder import (
     window_of,
 )
 from jaxdistill.models.families.hf_fields import FULL, SLIDING, Fields
-from jaxdistill.models.families.hf_rope import rope_from_hf, rope_to_hf
+from jaxdistill.models.families.hf_rope import WHAT, rope_from_hf, rope_to_hf
 from jaxdistill.models.families.llama import ATTENTION, GATED, IGNORED, PRE_NORMS, TABLES, norm
 from jaxdistill.models.families.qwen import HEAD_NORMS
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig, Norm, Rope
@@ -47,7 +47,7 @@ def from_hf(family: Name, fields: Mapping[str, Any]) -> ModelConfig:
     options = {"kv_heads": default["kv_heads"], "head_dim": 256, "bias": bias, "output_bias": bias}
     attention = functools.partial(attention_from_hf, f, **options)
     more = {"norm": Norm(one_plus=True), "embed_scale": f.size("hidden_size") ** 0.5, "tied": True}
-    depth, mlp = f.size("num_hidden_layers", default["depth"]), f.size("intermediate_size", default["mlp"])
+    depth, mlp = f.depth(default["depth"]), f.size("intermediate_size", default["mlp"])
     if family == "gemma":
         _check_gelu(f)
         ffn = GatedMLP(mlp=mlp, activation="gelu_tanh")
@@ -93,7 +93,7 @@ def _ropes(f: Fields) -> dict[str, Rope]:
     names = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
     given = {name: f.get(name) for name in names}
     local = f.number_or_none("rope_local_base_freq")
-    both = given["rope_parameters"] or {}
+    both = required_field(WHAT, {"rope_parameters": given["rope_parameters"] or {}}, "rope_parameters", dict)
     if not {FULL, SLIDING} & {*both}:
         full = rope_from_hf(given, theta=GLOBAL_THETA)
         return {FULL: full, SLIDING: Rope(theta=LOCAL_THETA if local is None else local)}

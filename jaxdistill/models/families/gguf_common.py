@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.models.families.family import ConfigError, check_fields, required_field, with_defaults
+from jaxdistill.models.families.family import (
+    ConfigError,
+    check_fields,
+    depth_of,
+    positive,
+    required_field,
+    with_defaults,
+)
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, LinearScaling, ModelConfig, Rope
 
 HANDLED = (
@@ -67,7 +74,7 @@ def config_from_gguf(family: str, metadata: Mapping[str, Any], tensors: Collecti
         family=family,
         vocab=required_field(what, fields, "vocab_size", int),
         embed=embed,
-        layers=(LayerSpec(mixer=mixer, ffn=ffn),) * required_field(what, fields, "block_count", int),
+        layers=(LayerSpec(mixer=mixer, ffn=ffn),) * depth_of(what, fields, "block_count"),
         tied="output.weight" not in tensors,
         norm_epsilon=_decimal(required_field(what, fields, "attention.layer_norm_rms_epsilon", float)),
         max_length=required_field(what, fields, "context_length", int),
@@ -75,12 +82,12 @@ def config_from_gguf(family: str, metadata: Mapping[str, Any], tensors: Collecti
 
 
 def _rope(what: str, fields: Mapping[str, Any]) -> Rope:
-    theta = _decimal(required_field(what, fields, "rope.freq_base", float))
+    theta = _decimal(positive(what, fields, "rope.freq_base"))
     match fields.get("rope.scaling.type", "none"):
         case "none":
             return Rope(theta=theta)
         case "linear":
-            factor = _decimal(required_field(what, fields, "rope.scaling.factor", float))
+            factor = _decimal(positive(what, fields, "rope.scaling.factor"))
             return Rope(theta=theta, scaling=LinearScaling(factor=factor))
         case other:
             raise ConfigError(f"{what} has rope.scaling.type = {other!r}; allowed are 'none' and 'linear'.")

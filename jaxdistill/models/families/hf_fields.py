@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxdistill.models.families.family import ConfigError, check_fields, required_field
+from jaxdistill.models.families.family import ConfigError, check_fields, depth_of, positive, required_field
 from jaxdistill.models.families.hf_rope import WHAT, rope_from_hf
 from jaxdistill.specs import Activation, Rope
 
@@ -71,19 +71,37 @@ class Fields:
         self._asked.add(name)
         return self._fields.get(name, default)
 
-    def _typed(self, name: str, kind: type, default: Any) -> Any:
+    def _given(self, name: str, default: Any) -> dict[str, Any]:
+        """The field and its name; the default if it is absent or null."""
         found = self.get(name)
-        return required_field(WHAT, {name: default if found is None else found}, name, kind)
+        return {name: default if found is None else found}
 
     def size(self, name: str, default: int | None = None) -> int:
         """A positive number; the default if it is absent or null."""
-        return self._typed(name, int, default)
+        return required_field(WHAT, self._given(name, default), name, int)
+
+    def count(self, name: str, default: int) -> int:
+        """A number that may be 0; the default if it is absent or null."""
+        return 0 if self.get(name) == 0 else self.size(name, default)
+
+    def depth(self, default: int | None = None) -> int:
+        """The number of layers."""
+        name = "num_hidden_layers"
+        return depth_of(WHAT, self._given(name, default), name)
+
+    def items(self, name: str, kind: type, default: Sequence[Any] = ()) -> list[Any]:
+        """A list of values of one type; the default if it is absent, null or empty."""
+        found = self.get(name) or list(default)
+        if not isinstance(found, list) or not all(type(entry) is kind for entry in found):
+            raise ConfigError(f"{WHAT} has {name} = {found!r:.80}; a list of {kind.__name__} is needed. Correct it.")
+        return found
 
     def number(self, name: str, default: float | None = None) -> float:
-        return self._typed(name, float, default)
+        """A number above 0; the default if it is absent or null."""
+        return positive(WHAT, self._given(name, default), name)
 
     def flag(self, name: str, default: bool | None = None) -> bool:
-        return self._typed(name, bool, default)
+        return required_field(WHAT, self._given(name, default), name, bool)
 
     def size_or_none(self, name: str, default: int | None = None) -> int | None:
         """A positive number, or None where the field is null, which is not the same as absent here."""
@@ -91,12 +109,13 @@ class Fields:
         return None if found is None else required_field(WHAT, {name: found}, name, int)
 
     def number_or_none(self, name: str, default: float | None = None) -> float | None:
+        """A number above 0, or None where the field is null."""
         found = self.get(name, default)
-        return None if found is None else required_field(WHAT, {name: found}, name, float)
+        return None if found is None else positive(WHAT, {name: found}, name)
 
     def activation(self, name: str = "hidden_act", default: str = "silu") -> Activation:
         found = self.get(name) or default
-        if found not in ACTIVATIONS:
+        if not isinstance(found, str) or found not in ACTIVATIONS:
             raise ConfigError(f"{WHAT} has {name} = {found!r}; allowed are {', '.join(ACTIVATIONS)}.")
         return ACTIVATIONS[found]
 
@@ -108,7 +127,7 @@ class Fields:
 
     def layer_types(self, depth: int, default: Callable[[int], str]) -> list[str]:
         """The kind of every layer."""
-        found = self.get("layer_types") or [default(layer) for layer in range(depth)]
+        found = self.items("layer_types", str, [default(layer) for layer in range(depth)])
         if len(found) != depth or not {*found} <= {FULL, SLIDING}:
             raise ConfigError(
                 f"{WHAT} has layer_types {found}; allowed are {FULL} and {SLIDING}, one for each of {depth} layers."

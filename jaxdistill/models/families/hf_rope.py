@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdistill.models.families.family import ConfigError, required_field
+from jaxdistill.models.families.family import ConfigError, positive, required_field
 from jaxdistill.specs import LinearScaling, Llama3Scaling, LongRope, Rope, Scaling, YarnScaling
 
 WHAT = "config.json"
@@ -38,7 +38,11 @@ def rope_from_hf(
     of kinds. Where a file has both layouts, as ours do, they must say the same. Other kinds than these are refused.
     """
     top = fields.get("rope_theta")
-    both = [(key, dict(fields[key])) for key in ("rope_parameters", "rope_scaling") if fields.get(key) is not None]
+    both = [
+        (key, required_field(WHAT, fields, key, dict))
+        for key in ("rope_parameters", "rope_scaling")
+        if fields.get(key) is not None
+    ]
     outer = {key: fields.get(key) for key in ("max_position_embeddings", "original_max_position_embeddings")}
     part = fields.get("partial_rotary_factor")
     outer["partial_rotary_factor"] = (fraction or 1.0) if part is None else part
@@ -46,7 +50,7 @@ def rope_from_hf(
         _rope(key, rope, theta if top is None else top, outer, names or {}, kinds) for key, rope in both or [(WHAT, {})]
     ]
     if top is not None:
-        found.append(dataclasses.replace(found[0], theta=float(top)))
+        found.append(dataclasses.replace(found[0], theta=positive(WHAT, fields, "rope_theta")))
     if fraction is None and found[0].fraction != 1.0:
         raise ConfigError(
             f"{WHAT} has partial_rotary_factor = {found[0].fraction}; allowed is 1: this family rotates whole heads."
@@ -68,14 +72,15 @@ def _rope(
     kinds: Sequence[str],
 ) -> Rope:
     rope = {k: v for k, v in rope.items() if v is not None}
-    named = {names.get(k, k) for k in (rope.pop(key) for key in ("rope_type", "type") if key in rope)} or {"default"}
+    given = [str(rope.pop(key)) for key in ("rope_type", "type") if key in rope]
+    named = {names.get(kind, kind) for kind in given} or {"default"}
     kind = named.pop()
     if named or kind not in kinds:
         raise ConfigError(
             f"{where} has the rotary embedding {' / '.join(map(str, sorted({kind, *named})))!r}; allowed are "
             f"{', '.join(kinds)}. Use a model with one of these."
         )
-    theta = required_field(where, {"rope_theta": rope.pop("rope_theta", theta)}, "rope_theta", float)
+    theta = positive(where, {"rope_theta": rope.pop("rope_theta", theta)}, "rope_theta")
     part = {"partial_rotary_factor": rope.pop("partial_rotary_factor", outer["partial_rotary_factor"])}
     fraction = required_field(where, part, "partial_rotary_factor", float)
     if not 0 < fraction <= 1:
@@ -94,7 +99,7 @@ def _rope(
 
 def _scaling(where: str, kind: str, rope: dict[str, Any], outer: Mapping[str, Any]) -> Scaling | None:
     def number(name: str, default: float | None = None) -> float:
-        return required_field(where, {name: rope.get(name, default)}, name, float)
+        return positive(where, {name: rope.get(name, default)}, name)
 
     if kind == "default":
         return None
@@ -118,11 +123,12 @@ def _scaling(where: str, kind: str, rope: dict[str, Any], outer: Mapping[str, An
             original_length=original,
             beta_fast=number("beta_fast", 32.0),
             beta_slow=number("beta_slow", 1.0),
-            attention_factor=number("attention_factor", _yarn_attention(factor, rope)),
+            attention_factor=number("attention_factor", _yarn_attention(where, factor, rope)),
             truncate=required_field(where, {"truncate": rope.get("truncate", True)}, "truncate", bool),
         )
-    factor = number("factor", None if length is None else length / original)
-    grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    extended = {"max_position_embeddings": original if length is None else length}
+    factor = number("factor", required_field(WHAT, extended, "max_position_embeddings", int) / original)
+    grown = math.sqrt(1 + math.log(factor) / math.log(max(original, 2))) if factor > 1 else 1.0
     return LongRope(
         short=_numbers(where, rope, "short_factor"),
         long=_numbers(where, rope, "long_factor"),
@@ -131,12 +137,12 @@ def _scaling(where: str, kind: str, rope: dict[str, Any], outer: Mapping[str, An
     )
 
 
-def _yarn_attention(factor: float, rope: Mapping[str, Any]) -> float:
+def _yarn_attention(where: str, factor: float, rope: Mapping[str, Any]) -> float:
     def scale(times: float) -> float:
         return 0.1 * times * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+        return scale(positive(where, rope, "mscale")) / scale(positive(where, rope, "mscale_all_dim"))
     return scale(1.0)
 
 

@@ -31,7 +31,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     bias = f.flag("attention_bias", False)
     mixer = attention_from_hf(f, bias=bias, output_bias=bias, rope=f.rope())
     ffn = GatedMLP(mlp=f.size("intermediate_size"), activation=f.activation(), bias=f.flag("mlp_bias", False))
-    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.size("num_hidden_layers")
+    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.depth()
     config = decoder_from_hf(f, "llama", layers, epsilon=1e-6, max_length=2048)
     # Some writers leave these of other families in.
     f.finish(required={"use_sliding_window": False})

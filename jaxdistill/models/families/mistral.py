@@ -27,7 +27,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     f = Fields(fields)
     mixer = attention_from_hf(f, kv_heads=8, rope=f.rope(), window=f.size_or_none("sliding_window", 4096))
     ffn = GatedMLP(mlp=f.size("intermediate_size", 14336), activation=f.activation())
-    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.size("num_hidden_layers", 32)
+    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.depth(32)
     config = decoder_from_hf(f, "mistral", layers, epsilon=1e-6, max_length=131072)
     f.finish()
     return config

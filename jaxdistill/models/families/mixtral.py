@@ -36,7 +36,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         mlp=f.size("intermediate_size"),
         activation=f.activation(),
     )
-    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.size("num_hidden_layers")
+    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.depth()
     config = decoder_from_hf(f, "mixtral", layers, epsilon=1e-5, max_length=131072)
     f.finish(required={"router_jitter_noise": 0.0, "attention_bias": False, "mlp_bias": False}, ignored=TRAINING)
     return config

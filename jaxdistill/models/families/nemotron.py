@@ -27,7 +27,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         activation=f.activation(default="relu2"),
         bias=f.flag("mlp_bias", False),
     )
-    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.size("num_hidden_layers", 32)
+    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.depth(32)
     norm = Norm(kind="layer", one_plus=True, bias=True)
     config = decoder_from_hf(f, "nemotron", layers, epsilon=epsilon, max_length=4096, norm=norm)
     f.finish()

@@ -29,7 +29,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     bias = f.flag("attention_bias", False)
     mixer = attention_from_hf(f, bias=bias, output_bias=bias, rope=f.rope(), qk_norm="all")
     ffn = GatedMLP(mlp=f.size("intermediate_size", 11008), activation=f.activation())
-    layers = [LayerSpec(mixer=mixer, ffn=ffn, norms="post")] * f.size("num_hidden_layers", 32)
+    layers = [LayerSpec(mixer=mixer, ffn=ffn, norms="post")] * f.depth(32)
     config = decoder_from_hf(f, "olmo2", layers, epsilon=1e-5, max_length=2048)
     f.finish()
     return config

@@ -33,7 +33,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     rope = f.rope(fraction=1.0, names=OLDER_NAMES, kinds=("default", "longrope"))
     mixer = attention_from_hf(f, rope=rope, window=f.size_or_none("sliding_window"))
     ffn = GatedMLP(mlp=f.size("intermediate_size", 8192), activation=f.activation())
-    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.size("num_hidden_layers", 32)
+    layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.depth(32)
     config = decoder_from_hf(f, "phi3", layers, epsilon=1e-5, max_length=4096)
     f.finish(required={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_bias": False})
     return config

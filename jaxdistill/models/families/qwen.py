@@ -47,8 +47,8 @@ def from_hf(family: Name, fields: Mapping[str, Any]) -> ModelConfig:
 
 def windows(f: Fields) -> list[int | None]:
     """Every layer's window: the last ones have one, where it is switched on."""
-    depth = f.size("num_hidden_layers", 32)
-    window, first = f.size_or_none("sliding_window", 4096), f.get("max_window_layers", 28)
+    depth = f.depth(32)
+    window, first = f.size_or_none("sliding_window", 4096), f.count("max_window_layers", 28)
     if not f.flag("use_sliding_window", False):
         window = None
     kinds = f.layer_types(depth, lambda layer: SLIDING if window is not None and layer >= first else FULL)

@@ -41,10 +41,10 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         renormalize=f.flag("norm_topk_prob", False),
     )
     dense = GatedMLP(mlp=f.size("intermediate_size", 6144), activation=activation)
-    every, plain = f.size("decoder_sparse_step", 1), f.get("mlp_only_layers") or []
+    every, plain = f.size("decoder_sparse_step", 1), f.items("mlp_only_layers", int)
     layers = [
         LayerSpec(mixer=mixer, ffn=dense if layer in plain or (layer + 1) % every else mixture)
-        for layer in range(f.size("num_hidden_layers", 24))
+        for layer in range(f.depth(24))
     ]
     config = decoder_from_hf(f, "qwen3_moe", layers, epsilon=1e-6, max_length=32768)
     f.finish(ignored=(*TRAINING, "max_window_layers"))

@@ -28,11 +28,11 @@ from jaxdistill.specs import GatedMLP, LayerSpec, ModelConfig
 def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     """Our config from a config.json of either layout. Raises ConfigError naming every field that it cannot honour."""
     f = Fields(fields)
-    depth, bias = f.size("num_hidden_layers", 36), f.flag("attention_bias", False)
+    depth, bias = f.depth(36), f.flag("attention_bias", False)
     mixer = attention_from_hf(f, kv_heads=4, bias=bias, output_bias=bias, rope=f.rope(theta=2e6))
     ffn = GatedMLP(mlp=f.size("intermediate_size", 11008), activation=f.activation(), bias=f.flag("mlp_bias", False))
     every = f.size("no_rope_layer_interval", 4)
-    rotating = f.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(depth)]
+    rotating = f.items("no_rope_layers", int, [int((layer + 1) % every != 0) for layer in range(depth)])
     if len(rotating) != depth or not {*rotating} <= {0, 1}:
         raise ConfigError(f"config.json has no_rope_layers {rotating}; allowed are 0 and 1, one for each of {depth}.")
     window = f.size_or_none("sliding_window")
