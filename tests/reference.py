@@ -81,8 +81,10 @@ def mixture(spec, layer, normed):
     batch, length, embed = normed.shape
     choices = batch, length, spec.experts_per_token
     chosen, neurons, added = np.zeros(choices, int), np.zeros((*choices, spec.mlp)), np.zeros((*choices, embed))
+    router = np.zeros((batch, length, spec.experts))
     for place in np.ndindex(batch, length):
         logits = normed[place] @ layer["ffn.router.kernel"] + layer.get("barred", 0)
+        router[place] = logits
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
         best = np.argsort(-shares)[: spec.experts_per_token]
@@ -92,7 +94,7 @@ def mixture(spec, layer, normed):
             neurons[place][at] = activation(spec.activation, gate) * up
             added[place][at] = shares[expert] / total * (neurons[place][at] @ layer["ffn.down.kernel"][expert])
             chosen[place][at] = expert
-    return added.sum(2), {"mlp": neurons, "chosen_experts": chosen, "experts": added}
+    return added.sum(2), {"mlp": neurons, "router": router, "chosen_experts": chosen, "experts": added}
 
 
 def activation(name, x):

@@ -254,6 +254,9 @@ def test_settings_are_refused_before_any_backend_starts(recipe):
 def test_tokenizers_are_aligned_and_mistakes_told_without_any_backend():
     both = (*ALIGNMENT, "--student", "bytes")
     done, _ = command(*both, "it is", JAX_PLATFORMS="nonexistent")
+    # Ended as training ends it.
+    assert done.stdout.startswith("student      (i)[t][·][i][s][<eos>]\nteacher      (i)[t][·][i][s][<eos>]\n\n")
+    done, _ = command(*both, "it is", "--append-eos", "False", JAX_PLATFORMS="nonexistent")
     assert done.stdout.startswith("student      (i)[t][·][i][s]\nteacher      (i)[t][·][i][s]\n\n")
     done, seconds = command("inspect", "alignment", "--help", JAX_PLATFORMS="nonexistent")
     assert done.returncode == 0

@@ -20,6 +20,7 @@ import jax
 import pytest
 from tiny_tokenizers import byte_level_json
 
+from jaxdistill.checkpoint.model import is_model
 from jaxdistill.checkpoint.open import open_config
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.schema import count_parameters, init_params
@@ -216,7 +217,8 @@ def test_trains_two_steps_when_shrunk(name, small, tmp_path):
     assert result.held_out
     assert all(math.isfinite(value) for value in result.held_out.values())
     assert result.student == tmp_path / "run" / "student"
-    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+    assert is_model(result.student) == (config.export == "jaxdistill")
+    assert open_config(result.student).layers
 
 
 def test_searches_two_candidates_when_shrunk(small, tmp_path):

@@ -179,11 +179,14 @@ def paired_batch(
     )
 
 
-def assert_gradients_close(given, expected) -> None:
-    """The house's tolerance for gradients: rtol 1e-5, atol 1e-6 of the leaf's largest entry."""
+def assert_gradients_close(given, expected, *, rtol: float = 1e-5) -> None:
+    """The house's tolerance for gradients: rtol 1e-5, atol a tenth of that of the leaf's largest entry."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
-            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-5, atol=1e-6 * float(jnp.abs(b).max()) + 1e-12
+            np.asarray(a, np.float64),
+            np.asarray(b, np.float64),
+            rtol=rtol,
+            atol=rtol / 10 * float(jnp.abs(b).max()) + 1e-12,
         ),
         given,
         expected,

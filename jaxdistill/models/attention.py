@@ -108,13 +108,15 @@ def attend(
     query_segments: Int[Array, "batch queries"],
     key_segments: Int[Array, "batch keys"],
     query_offset: Int[Array, ""] | int = 0,
+    counts: tuple[Int[Array, "batch queries"], Int[Array, "batch keys"]] | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Each query reads the keys of its own segment that do not lie behind it, nor before its window.
 
     Query i has index `query_offset + i` among the keys: what counts is the index within the row, never the position,
     so packed segments cannot see each other and padding (segment 0) sees padding, at least itself: its outputs are
-    finite. Key-value heads are shared by heads / kv_heads consecutive query heads and are not repeated in memory.
-    Softmax in float32.
+    finite. counts: how many tokens of their row the queries and the keys are from its beginning, where padding lies
+    between them; a window counts tokens. Key-value heads are shared by heads / kv_heads consecutive query heads and are
+    not repeated in memory. Softmax in float32.
     """
     batch, queries, heads, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -124,7 +126,10 @@ def attend(
     folded = folded.reshape(batch, kv_heads, group * queries, head_dim)
     visible = key_segments[:, None, :] == query_segments[:, :, None]
     behind = jnp.arange(queries)[:, None] + query_offset - jnp.arange(keys)
-    visible &= behind >= 0 if scoring.window is None else (behind >= 0) & (behind < scoring.window)
+    visible &= behind >= 0
+    if scoring.window is not None:
+        distance = behind if counts is None else counts[0][:, :, None] - counts[1][:, None, :]
+        visible &= distance < scoring.window
     scores = jnp.einsum("bnqd,bnkd->bnqk", folded, key, preferred_element_type=jnp.float32) * scoring.scale
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)

@@ -143,15 +143,17 @@ def apply(
     for run in _tapped_runs(config, taps):
         active = {name: tap for name, tap in taps.items() if _taps_layer(tap, run.first)}
 
-        def layer(spec: LayerSpec, x: Array, parameters: Params, factors: Any, active=active) -> tuple[Array, Any]:
-            x, points = _merge(spec, config, parameters)(x, dataclasses.replace(context, gates=factors))
+        def layer(place: int, x: Array, layers: tuple[Params, Any], run=run, active=active) -> tuple[Array, Any]:
+            # What is cut out of a turn's parameters in here is not kept for the backward pass.
+            parameters, factors = jax.tree.map(lambda leaf: leaf[place], layers)
+            block = _merge(run.specs[place], config, parameters)
+            x, points = block(x, dataclasses.replace(context, gates=factors))
             return x, {name: tap.reduce({p: points[p] for p in tap.points}, mask) for name, tap in active.items()}
 
         def period(x: Array, layers: tuple[Params, Any], run=run, layer=layer) -> tuple[Array, Any]:
             results = []
-            for place, spec in enumerate(run.specs):
-                here = jax.tree.map(lambda leaf, at=place: leaf[at], layers)
-                x, result = _rematerialised(functools.partial(layer, spec), execution.remat)(x, *here)
+            for place in range(len(run.specs)):
+                x, result = _rematerialised(functools.partial(layer, place), execution.remat)(x, layers)
                 results.append(result)
             return x, jax.tree.map(lambda *each: jnp.stack(each), *results)
 
@@ -206,6 +208,8 @@ def apply_cached(
     """
     start = cache.used
     segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, rows.segment_ids.astype(jnp.int32), (0, start))
+    tokens_so_far = jnp.cumsum(segment_ids > 0, axis=1)
+    counts = jax.lax.dynamic_slice(tokens_so_far, (0, start), rows.segment_ids.shape), tokens_so_far
 
     def attend_cached(
         scoring: Scoring, keys: Array, values: Array, layer: Array, query: Array, key: Array, value: Array
@@ -223,6 +227,7 @@ def apply_cached(
             query_segments=rows.segment_ids,
             key_segments=segment_ids,
             query_offset=start,
+            counts=counts,
         )
         return heads, (keys, values)
 

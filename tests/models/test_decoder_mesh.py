@@ -63,7 +63,8 @@ def test_every_family_on_a_mesh(family, name):
     placed = jax.device_put(params, param_shardings(config, layout))
     rows = put_batch(layout, jax.tree.map(np.asarray, batch))
     given = jax.jit(jax.grad(functools.partial(loss, layout)))(placed, rows)
-    assert_gradients_close(given, expected)
+    # Norms after the halves divide by what random parameters leave small: rounding grows threefold.
+    assert_gradients_close(given, expected, rtol=3e-5)
 
 
 def test_key_value_heads_that_the_mesh_does_not_divide(one_device):

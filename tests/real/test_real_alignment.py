@@ -104,9 +104,8 @@ def test_conversations_of_two_published_templates():
 def test_what_there_is_to_see_of_smollm2_beside_llama2():
     """The model's likelihoods beside a tokenizer alone: totals as its own held-out scoring has them."""
     text = "The capital of Japan is Tokyo. Anthropomorphic frogs 😀 discuss jurisprudence."
-    config = AlignmentConfig(
-        text=text, student=str(asset("smollm2")), teacher=str(asset("tokenizers") / "tokenizer.llama2")
-    )
+    both = {"student": str(asset("smollm2")), "teacher": str(asset("tokenizers") / "tokenizer.llama2")}
+    config = AlignmentConfig(text=text, append_eos=False, **both)
     view = inspect_alignment(config)
     shown = alignment_text(view, width=100)
     assert "[·jurisprudence]" in shown
