@@ -23,6 +23,7 @@ import tensorstore as ts
 from jaxdistill.checkpoint.arrays import CheckpointError, LeafSpec
 from jaxdistill.checkpoint.model import ModelDescription, describe, refuse_existing, write_description
 from jaxdistill.formats.paths import Done, local_path, resumable_directory, write_text
+from jaxdistill.formats.tiles import c_ordered
 from jaxdistill.models.parts import Parts, part_names
 from jaxdistill.models.schema import StackedSpec, locate, schema, stacked_schema
 from jaxdistill.specs import ModelConfig
@@ -64,9 +65,9 @@ def save_parts(
             for name, expert in part_names(config):
                 leaf, index = _place(config, name, expert)
                 if (key := f"{name} {expert}") not in done:
-                    value = parts.read(name, expert).astype(_dtype(leaves[leaf], kind))
+                    value = c_ordered(parts.read(name, expert), _dtype(leaves[leaf], kind))
                     in_flight.wait()
-                    in_flight.begin(key, stores[leaf][index].write(np.ascontiguousarray(value)))
+                    in_flight.begin(key, stores[leaf][index].write(value))
                 written += _part_bytes(config, name, expert, specs[leaf])
                 progress(written, total)
         _write_metadata(folder / "arrays", leaves)

@@ -218,7 +218,7 @@ def _check_local(params: Params) -> None:
 
 def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
-        cast = tensor.astype(dtype)
+        cast = tensor.astype(dtype, copy=False)
     if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(tensor).any():
         raise ValueError(
             f"{name} has values up to {np.abs(tensor).max():.3g}; float16 ends at 65504. Write bfloat16 or float32."

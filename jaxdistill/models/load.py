@@ -24,6 +24,7 @@ from jaxdistill.formats.gguf import open_gguf
 from jaxdistill.formats.paths import local_path
 from jaxdistill.formats.safetensors import open_safetensors
 from jaxdistill.formats.source import FormatError, TensorInfo, TensorSource
+from jaxdistill.formats.tiles import c_ordered, copy_into
 from jaxdistill.models.families import FAMILIES
 from jaxdistill.models.families.family import ConfigError, Family, Stored, axis_sizes, from_stored
 from jaxdistill.models.schema import ParamSpec, locate, param_shardings, schema
@@ -171,11 +172,11 @@ def read_params(checkpoint: Checkpoint, *, layout: Layout = Layout(), dtype: Any
 
         def fill(index: Index, spec=spec, layers=layers, stacked=stacked) -> np.ndarray:
             if not stacked:
-                return np.ascontiguousarray(_read_part(checkpoint.source, layers[0], spec, index), dtype)
+                return c_ordered(_read_part(checkpoint.source, layers[0], spec, index), dtype)
             chosen = layers[index[0]]
             part = np.empty((len(chosen), *(_length(s) for s in index[1:])), dtype)
             for slot, layer in zip(part, chosen, strict=True):
-                slot[...] = _read_part(checkpoint.source, layer, spec, index[1:])
+                copy_into(slot, _read_part(checkpoint.source, layer, spec, index[1:]))
             return part
 
         shape = (len(layers), *spec.shape) if stacked else spec.shape
@@ -216,7 +217,7 @@ def _read_part(source: TensorSource, stored: Stored, spec: ParamSpec, index: Ind
         first = next(parts)
         whole = np.empty((_length(index[0]), *first.shape), first.dtype)
         for place, part in zip(whole, itertools.chain([first], parts), strict=True):
-            place[...] = part
+            copy_into(place, part)
         return whole
     full = axis_sizes(spec.axes, spec.shape)
     wanted = dict(zip(map(str, spec.axes), index, strict=True))

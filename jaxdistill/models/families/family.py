@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.formats.tiles import c_ordered
 from jaxdistill.models.schema import schema
 from jaxdistill.sharding import Axes
 from jaxdistill.specs import MixtureOfExperts, ModelConfig
@@ -154,14 +155,14 @@ def from_stored(stored: Stored, axes: Axes, sizes: Mapping[str, int], block: np.
 
 
 def to_stored(stored: Stored, axes: Axes, tensor: np.ndarray) -> np.ndarray:
-    """A tensor of ours in the layout of a file; the inverse of `from_stored`."""
+    """A tensor of ours in the layout of a file, contiguous; the inverse of `from_stored`."""
     order = [a for group in stored.axes for a in group]
     block = tensor.transpose([axes.index(a) for a in order])
     if stored.interleaved is not None:
         at = order.index(stored.interleaved)
         halves = block.reshape(*block.shape[:at], 2, -1, *block.shape[at + 1 :])
         block = halves.swapaxes(at, at + 1).reshape(block.shape)
-    return block.reshape(stored.own_shape(axis_sizes(axes, tensor.shape)))
+    return c_ordered(block).reshape(stored.own_shape(axis_sizes(axes, tensor.shape)))
 
 
 def check_fields(
