@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
-from jaxdistill.formats.paths import atomic_file, write_text
+from jaxdistill.formats.paths import atomic_file, cache_directory, write_text
 
 STAMP_NAME = "checked.json"
 
@@ -248,11 +247,6 @@ ASSETS = {
         ),
     ),
 }
-
-
-def cache_directory() -> Path:
-    """Where assets are kept: the environment variable `JAXDISTILL_CACHE`, else `~/.cache/jaxdistill`."""
-    return Path(os.environ.get("JAXDISTILL_CACHE") or "~/.cache/jaxdistill").expanduser()
 
 
 def pip_download(package: Package, directory: Path) -> Path:

@@ -1,37 +1,97 @@
-"""Writing files and directories so that a reader sees the old content or the new, never a part of either."""
+"""Where files are, on disks and in object stores, and writing them so that a reader sees the old content or the new,
+never a part of either."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
+
+from upath import UPath
+
+AnyPath = str | os.PathLike[str] | UPath
+"""What names a file or a directory: a local path, or one of a file system that fsspec knows (`gs://…`, `s3://…`)."""
 
 
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """The local path that `path` (a string, `pathlib` or `etils.epath` path) names.
+def any_path(path: AnyPath) -> Path | UPath:
+    """The path that `path` (a string, or an object of `pathlib`, `upath` or `etils.epath`) names: `pathlib`'s, or a
+    remote one with the same methods. The one place that decides where bytes live.
 
-    The one place that decides where bytes live: object stores (`gs://…`) are refused here until they are supported.
+    Raises ValueError where there is no such file system, or what reads it is not installed.
     """
-    text = os.fspath(path)
-    if "://" in text:
-        raise ValueError(f"{text} is a remote path; allowed are local or mounted ones. Copy or mount it first.")
-    return Path(text).expanduser()
+    text = str(path)
+    if "://" not in text:
+        return Path(text).expanduser()
+    try:
+        found = UPath(text)
+        _ = found.fs
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"{text} cannot be reached: {error}. Allowed are local paths and what fsspec knows; gs:// needs the "
+            "package gcsfs, s3:// needs s3fs."
+        ) from None
+    return Path(found.path) if found.protocol in ("file", "local") else found
+
+
+def local_path(path: AnyPath) -> Path:
+    """The local path that `path` names, for what only disks can do. Raises ValueError for others."""
+    found = any_path(path)
+    if not isinstance(found, Path):
+        raise ValueError(f"{found} is a remote path; allowed here are local or mounted ones. Copy or mount it first.")
+    return found
+
+
+def fetched(path: AnyPath) -> Path:
+    """A local copy of a remote file or directory, made once for each of its states; what is local is itself.
+
+    For what must be on a disk to be read: memory maps, and libraries that open files themselves. Copies are in
+    `cache_directory`.
+    """
+    found = any_path(path)
+    if isinstance(found, Path):
+        return found
+    files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{found}: there is no such file or directory. Give the path of an existing one.")
+    state = json.dumps([[str(file), str(file.fs.ukey(file.path))] for file in files])
+    copy = cache_directory() / "fetched" / hashlib.sha256(state.encode()).hexdigest()[:32] / found.name
+    if not copy.exists():
+        with atomic_directory(copy.parent) as folder:
+            for file in files:
+                target = folder / found.name / file.relative_to(found) if file != found else folder / found.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.fs.get_file(file.path, str(target))
+    return copy
+
+
+def cache_directory() -> Path:
+    """Where assets, copies of remote files and compiled programs are kept: the environment variable
+    `JAXDISTILL_CACHE`, else `~/.cache/jaxdistill`."""
+    return Path(os.environ.get("JAXDISTILL_CACHE") or "~/.cache/jaxdistill").expanduser()
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_file(path: AnyPath) -> Iterator[BinaryIO]:
     """Opens a new file for writing that takes the name `path` only when the block ends without an error.
 
-    Until then it is a hidden sibling. On an error it is removed, and what `path` held before is untouched. The
-    directory is made if it is missing.
+    Until then it is a hidden sibling, or, of a remote one, a temporary file that is uploaded in the end. On an error it
+    is removed, and what `path` held before is untouched. The directory is made if it is missing.
     """
-    destination = local_path(path)
+    destination = any_path(path)
+    if not isinstance(destination, Path):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file  # pyright: ignore[reportReturnType]
+            file.flush()
+            _upload(Path(file.name), destination)
+        return
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(destination, "tmp")
     try:
@@ -49,21 +109,29 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_directory(destination.parent)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Writes a UTF-8 text file through `atomic_file`."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Makes an empty directory to fill that takes the name `path` only when the block ends without an error.
+def atomic_directory(path: AnyPath, *, replace: bool = False) -> Iterator[Path]:
+    """Makes an empty local directory to fill that takes the name `path` only when the block ends without an error.
 
     Until then it is a hidden sibling; on an error it is removed. An existing non-empty `path` is refused with
     `FileExistsError`, before and after the block, unless `replace`: then the old directory is moved aside, the new one
-    takes its name, and only then is the old one deleted, so that one of the two is always complete on disk.
+    takes its name, and only then is the old one deleted, so that one of the two is always complete on disk. A remote
+    one is filled in a temporary directory and uploaded in the end; see `_upload_tree`.
     """
-    destination = local_path(path)
+    destination = any_path(path)
+    if not isinstance(destination, Path):
+        if not replace:
+            _refuse_existing(destination)
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+            _upload_tree(Path(temporary), destination, replace=replace)
+        return
     if not replace:
         _refuse_existing(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -108,16 +176,19 @@ class Done:
 
 
 @contextlib.contextmanager
-def resumable_directory(path: str | os.PathLike[str], made_from: str) -> Iterator[tuple[Path, Done]]:
-    """Like `atomic_directory`, for work that is long: what an interrupted block has made stays in a hidden sibling, and
-    the next call goes on with it if it is `made_from` the same. The block skips what is in the second value, and adds
-    to it what it has finished.
+def resumable_directory(path: AnyPath, made_from: str) -> Iterator[tuple[Path, Done]]:
+    """Like `atomic_directory`, for work that is long: what an interrupted block has made stays in a hidden sibling (of
+    a remote directory, in `cache_directory`), and the next call goes on with it if it is `made_from` the same. The
+    block skips what is in the second value, and adds to it what it has finished.
 
     Raises FileExistsError as `atomic_directory` does, and where another process is writing the same directory.
     """
-    destination = local_path(path)
+    destination = any_path(path)
     _refuse_existing(destination)
-    partial = destination.with_name(f".{destination.name}.partial")
+    if isinstance(destination, Path):
+        partial: Path = destination.with_name(f".{destination.name}.partial")
+    else:
+        partial = cache_directory() / "unfinished" / hashlib.sha256(str(destination).encode()).hexdigest()[:32]
     partial.mkdir(parents=True, exist_ok=True)
     progress, head = partial / ".finished", json.dumps(made_from)
     with progress.open("a+", encoding="utf-8") as file:
@@ -136,10 +207,43 @@ def resumable_directory(path: str | os.PathLike[str], made_from: str) -> Iterato
         file.write("\n")
         yield partial, Done(file, names[:-1])
         progress.unlink()
+        if not isinstance(destination, Path):
+            _upload_tree(partial, destination, replace=False)
+            shutil.rmtree(partial)
+            return
         _sync_tree(partial)
         _refuse_existing(destination)
         os.rename(partial, destination)
     _sync_directory(destination.parent)
+
+
+def _upload(file: Path, destination: UPath) -> None:
+    """Object stores show a file when all of it has arrived."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    destination.fs.put_file(str(file), destination.path)
+
+
+def _upload_tree(folder: Path, destination: UPath, *, replace: bool) -> None:
+    """Copies a directory into an object store, the largest files first: what says that a directory is a model is small
+    and comes last. On an error nothing of it stays. With `replace` all is uploaded under another name before what is
+    there is deleted."""
+    if not replace:
+        _refuse_existing(destination)
+    place = _sibling(destination, "tmp") if replace else destination
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    try:
+        for file in sorted(files, key=lambda file: -file.stat().st_size):
+            _upload(file, place / file.relative_to(folder).as_posix())
+    except BaseException as error:
+        if place.exists():
+            place.fs.rm(place.path, recursive=True)
+        if isinstance(error, OSError):
+            error.add_note(f"{destination} was not written: it is as it was before, and no part of it is left.")
+        raise
+    if replace:
+        if destination.exists():
+            destination.fs.rm(destination.path, recursive=True)
+        place.fs.mv(place.path, destination.path, recursive=True)
 
 
 def _empty(directory: Path, *, but: Path) -> None:
@@ -150,7 +254,7 @@ def _empty(directory: Path, *, but: Path) -> None:
             entry.unlink()
 
 
-def _refuse_existing(destination: Path) -> None:
+def _refuse_existing(destination: UPath | Path) -> None:
     if destination.is_dir():
         if not any(destination.iterdir()):
             return
@@ -177,7 +281,7 @@ def _swap(new: Path, destination: Path) -> None:
         old.unlink()
 
 
-def _sibling(path: Path, kind: str) -> Path:
+def _sibling(path: Any, kind: str) -> Any:
     """A fresh hidden name beside `path`: renaming is atomic only inside one file system."""
     return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(4)}")
 

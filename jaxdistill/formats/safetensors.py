@@ -13,7 +13,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,17 +20,19 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from upath import UPath
 
-from jaxdistill.formats.paths import Finished, atomic_file, local_path, write_text
+from jaxdistill.formats.paths import AnyPath, Finished, any_path, atomic_file, write_text
 from jaxdistill.formats.source import (
     FETCH_AGAIN,
+    ByteFile,
     FormatError,
-    MappedFile,
     TensorInfo,
     TensorSource,
     checked_index,
     fits_numpy,
     lookup,
+    open_bytes,
 )
 
 SINGLE_NAME = "model.safetensors"
@@ -66,13 +67,13 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Reading
 
 
-def open_safetensors(path: str | os.PathLike[str]) -> TensorSource:
+def open_safetensors(path: AnyPath) -> TensorSource:
     """Opens a model's safetensors: a file, an index (`*.index.json`), or a directory that holds either.
 
     A directory has `model.safetensors`, or `model.safetensors.index.json` and the shards that it names. All headers
     are read and checked; no tensor is. Raises `FormatError`.
     """
-    where = local_path(path)
+    where = any_path(path)
     if not where.is_dir():
         return ShardedSafetensors(where) if where.name.endswith(".index.json") else SafetensorsFile(where)
     single, index = where / SINGLE_NAME, where / INDEX_NAME
@@ -95,9 +96,9 @@ class SafetensorsFile:
     metadata: the strings under `__metadata__`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = local_path(path)
-        self._file = MappedFile(self.path)
+    def __init__(self, path: AnyPath):
+        self.path = any_path(path)
+        self._file = open_bytes(self.path)
         self.metadata, self._tensors = _parse_header(self._file)
 
     def names(self) -> tuple[str, ...]:
@@ -111,7 +112,16 @@ class SafetensorsFile:
         return self._file.array(stored.info.dtype, stored.info.shape, stored.offset)
 
     def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self.read(name)[checked_index(self.path, name, self.info(name).shape, index)]
+        info = self.info(name)
+        index = checked_index(self.path, name, info.shape, index)
+        if not index:
+            return self.read(name)
+        # Whole entries of the first axis are read, and the others cut afterwards.
+        first, *others = index
+        row = info.nbytes // max(info.shape[0], 1)
+        offset = lookup(self.path, self._tensors, name).offset + first.start * row
+        rows = self._file.array(info.dtype, (first.stop - first.start, *info.shape[1:]), offset)
+        return rows[:: first.step, *others]
 
     def close(self) -> None:
         self._file.close()
@@ -126,8 +136,8 @@ class SafetensorsFile:
 class ShardedSafetensors:
     """The shards that an index names, as one `TensorSource`. Index and shards must agree on every tensor."""
 
-    def __init__(self, index: str | os.PathLike[str]):
-        self.path = local_path(index)
+    def __init__(self, index: AnyPath):
+        self.path = any_path(index)
         weight_map = _parse_index(self.path)
         self._shards: dict[str, SafetensorsFile] = {}
         for shard in dict.fromkeys(weight_map.values()):
@@ -182,12 +192,12 @@ class _Stored:
     """First byte in the file."""
 
 
-def _parse_header(file: MappedFile) -> tuple[dict[str, str], dict[str, _Stored]]:
+def _parse_header(file: ByteFile) -> tuple[dict[str, str], dict[str, _Stored]]:
     """Checks the whole header against the file's size; returns (metadata, tensors in the order of their data)."""
     path, size = file.path, file.size
     if size < 8:
         raise FormatError(f"{path}: has {size} bytes; a safetensors file has at least 8. {FETCH_AGAIN}")
-    (length,) = struct.unpack("<Q", file.buffer[:8])
+    (length,) = struct.unpack("<Q", file.read(0, 8))
     if length > MAX_HEADER_BYTES:
         raise FormatError(
             f"{path}: announces a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed. "
@@ -195,7 +205,7 @@ def _parse_header(file: MappedFile) -> tuple[dict[str, str], dict[str, _Stored]]
         )
     if 8 + length > size:
         raise FormatError(f"{path}: announces a header of {length} bytes; the file has {size}. {FETCH_AGAIN}")
-    header = _parse_json(path, file.buffer[8 : 8 + length], "the header")
+    header = _parse_json(path, file.read(8, 8 + length), "the header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must be an object of strings. Write the file again.")
@@ -224,7 +234,7 @@ def _parse_header(file: MappedFile) -> tuple[dict[str, str], dict[str, _Stored]]
     return metadata, dict(sorted(tensors.items(), key=lambda item: item[1].offset))
 
 
-def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
+def _parse_entry(path: Path | UPath, name: str, entry: Any) -> tuple[TensorInfo, int]:
     """One tensor of the header as (shape and dtype, first byte in the data)."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(
@@ -258,10 +268,10 @@ def _is_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(entry) is int and 0 <= entry < 2**63 for entry in value)
 
 
-def _parse_index(path: Path) -> dict[str, str]:
+def _parse_index(path: Path | UPath) -> dict[str, str]:
     """The `weight_map` of an index: tensor name to shard file name."""
-    with contextlib.closing(MappedFile(path)) as file:
-        index = _parse_json(path, bytes(file.buffer[:MAX_HEADER_BYTES]), "the index")
+    with contextlib.closing(open_bytes(path)) as file:
+        index = _parse_json(path, file.read(0, MAX_HEADER_BYTES), "the index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError(f"{path}: must have a weight_map from tensor names to shard names. {FETCH_AGAIN}")
@@ -272,7 +282,7 @@ def _parse_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _parse_json(path: Path, text: bytes, what: str) -> dict[str, Any]:
+def _parse_json(path: Path | UPath, text: bytes, what: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -295,7 +305,7 @@ def _parse_json(path: Path, text: bytes, what: str) -> dict[str, Any]:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     infos: Mapping[str, TensorInfo],
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
@@ -311,14 +321,14 @@ def write_safetensors(
 
 
 def save_safetensors(
-    directory: str | os.PathLike[str],
+    directory: AnyPath,
     infos: Mapping[str, TensorInfo],
     tensors: Callable[[Collection[str]], Iterable[tuple[str, np.ndarray]]],
     *,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
     done: Finished | None = None,
-) -> tuple[Path, ...]:
+) -> tuple[Path | UPath, ...]:
     """Writes a model's weights into a directory under Hugging Face's names; returns the paths written.
 
     One `model.safetensors` if the tensors fit into `max_shard_bytes`, else `model-00001-of-0000N.safetensors` and an
@@ -327,7 +337,7 @@ def save_safetensors(
     all appear at once. tensors: gives those with the names that it is asked for, in their order. done: shards that are
     there already, by their names; others are added to it. See `write_safetensors` for the other arguments and errors.
     """
-    folder, finished = local_path(directory), set() if done is None else done
+    folder, finished = any_path(directory), set() if done is None else done
     shards = _split(infos, max_shard_bytes)
     names = [SINGLE_NAME] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     written = names if len(shards) == 1 else [*names, INDEX_NAME]
@@ -422,7 +432,7 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _refuse_other_layout(folder: Path, written: set[str]) -> None:
+def _refuse_other_layout(folder: Path | UPath, written: set[str]) -> None:
     """Leftover weights of another sharding would make the directory ambiguous."""
     present = {entry.name for pattern in ("model*.safetensors", INDEX_NAME) for entry in folder.glob(pattern)}
     if present - written:

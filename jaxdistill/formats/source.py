@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+from upath import UPath
 
 Tensor = TypeVar("Tensor")
 
@@ -69,6 +70,55 @@ class TensorSource(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
+class ByteFile(Protocol):
+    """A file of which parts are read."""
+
+    @property
+    def path(self) -> Path | UPath: ...
+    @property
+    def size(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> bytes:
+        """These bytes, as many as there are of them."""
+        ...
+
+    def array(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+        """A read-only array of part of the file; the caller has checked that it lies inside."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_bytes(path: Path | UPath) -> ByteFile:
+    """A mapped file, or one in an object store, of which no more is fetched than is asked for."""
+    return MappedFile(path) if isinstance(path, Path) else RemoteFile(path)
+
+
+class RemoteFile:
+    """A file in an object store: each part is a request of its own."""
+
+    def __init__(self, path: UPath):
+        self.path = path
+        if not path.is_file():
+            raise FormatError(f"{path}: there is no such file. Give the path of an existing one.")
+        self.size: int = path.stat().st_size
+
+    def read(self, start: int, stop: int) -> bytes:
+        return bytes(self.path.fs.cat_file(self.path.path, start=start, end=min(stop, self.size)))
+
+    def array(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+        count = math.prod(shape)
+        if count == 0:
+            return np.empty(shape, dtype)
+        found = self.read(offset, offset + count * dtype.itemsize)
+        if len(found) != count * dtype.itemsize:
+            raise FormatError(f"{self.path}: {len(found)} bytes came of {count * dtype.itemsize}. {FETCH_AGAIN}")
+        return np.frombuffer(found, dtype).reshape(shape)
+
+    def close(self) -> None:
+        pass
+
+
 class MappedFile:
     """A file's bytes, mapped read-only: nothing is read until touched, and views outlive `close`."""
 
@@ -92,6 +142,9 @@ class MappedFile:
             raise FormatError(f"{self.path} was closed. Read its tensors before closing it.")
         return self._buffer
 
+    def read(self, start: int, stop: int) -> bytes:
+        return self.buffer[start:stop]
+
     def array(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
         """A read-only view of part of the file; the caller has checked that it lies inside."""
         if math.prod(shape) == 0:
@@ -108,7 +161,7 @@ def fits_numpy(shape: tuple[int, ...], itemsize: int) -> bool:
     return len(shape) <= 64 and math.prod(max(extent, 1) for extent in shape) * itemsize < 2**63
 
 
-def lookup(path: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def lookup(path: Path | UPath, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """The entry called `name`; an unknown name gives an error that lists the closest ones."""
     if name not in tensors:
         close = difflib.get_close_matches(name, tensors, n=3) or list(tensors)[:3]
@@ -116,7 +169,7 @@ def lookup(path: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensors[name]
 
 
-def checked_index(path: Path, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, ...]:
+def checked_index(path: Path | UPath, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, ...]:
     """`index` with every bound filled in. Refuses what NumPy would silently clip to fewer elements."""
     if len(index) != len(shape):
         raise IndexError(f"{path}: {name!r} has shape {shape}; the index has {len(index)} slices, give {len(shape)}.")

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import partition
-from jaxdistill.assets import cache_directory
 from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.data.aligned import following_ids
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import cache_directory, local_path
 from jaxdistill.losses.aligned import Ends, check_terms_on_pairs
 from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import default_chunk
