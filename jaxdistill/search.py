@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from jaxdistill.checkpoint.compatible import check_compatible
 from jaxdistill.checkpoint.open import open_config, open_model
-from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.formats.paths import any_path, write_text
 from jaxdistill.jobs.inspect import metric_lines
 from jaxdistill.models.cost import (
     HARDWARE,
@@ -188,7 +188,7 @@ def search(config: SearchConfig) -> list[Candidate]:
     config.check()
     join_processes(config.train)
     enable_compilation_cache(config.train.compilation_cache)
-    out, say, first = local_path(config.out), Say(), jax.process_index() == 0
+    out, say, first = any_path(config.out), Say(), jax.process_index() == 0
     original = open_config(config.train.student.path or config.train.teacher.path or "")
     targets = feasible(config, original)
     for target in targets:

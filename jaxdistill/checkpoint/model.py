@@ -11,10 +11,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from jax.experimental import multihost_utils
 from jaxdistill.checkpoint import arrays
 from jaxdistill.checkpoint.arrays import CheckpointError, LeafSpec
 from jaxdistill.checkpoint.documents import from_dict, to_dict
-from jaxdistill.formats.paths import atomic_directory, local_path, write_text
+from jaxdistill.formats.paths import AnyPath, any_path, atomic_directory, fetched, is_remote, write_text
 from jaxdistill.models.schema import abstract_params, count_parameters, param_shardings, segment_of
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import LayerSpec, ModelConfig
@@ -65,7 +64,7 @@ class ModelDescription:
 
 
 def save_model(
-    directory: str | os.PathLike[str],
+    directory: AnyPath,
     config: ModelConfig,
     params: Params,
     *,
@@ -78,16 +77,12 @@ def save_model(
     CheckpointError when params are not those of config, or the
     disk fails.
     """
-    target = local_path(directory).absolute()
+    target = any_path(directory).absolute()
     refuse_existing(target)
     named = arrays.named_leaves(params)
     specs = arrays.leaf_specs(named)
     _check(specs, config, [size for size, _ in config.segments], "the model to save")
-    with contextlib.ExitStack() as stack:
-        temporary = target
-        if jax.process_index() == 0:
-            temporary = stack.enter_context(atomic_directory(target))
-        temporary = target.with_name(_from_first_process(temporary.name))
+    with _place_to_write(target) as temporary:
         try:
             with ocp.Checkpointer(arrays.handler()) as checkpointer:
                 checkpointer.save(temporary / "arrays", args=arrays.save_args(named))
@@ -106,6 +101,20 @@ def save_model(
         multihost_utils.sync_global_devices(f"saved {target}")
 
 
+@contextlib.contextmanager
+def _place_to_write(target: Path) -> Iterator[Path]:
+    """Where all processes write what becomes `target`: one local directory that they share. What several write to an
+    object store is there at once, and a model from when its description, the last file, is there."""
+    if is_remote(target) and jax.process_count() > 1:
+        yield target
+        return
+    with contextlib.ExitStack() as stack:
+        temporary = target
+        if jax.process_index() == 0:
+            temporary = stack.enter_context(atomic_directory(target))
+        yield temporary if is_remote(target) else target.with_name(_from_first_process(temporary.name))
+
+
 def write_description(directory: Path, config: ModelConfig, specs: Mapping[str, LeafSpec]) -> None:
     """What tells that a directory is a model of ours."""
     document = {
@@ -118,14 +127,14 @@ def write_description(directory: Path, config: ModelConfig, specs: Mapping[str, 
 
 
 def load_model_checkpoint(
-    directory: str | os.PathLike[str],
+    directory: AnyPath,
     *,
     layout: Layout,
     dtype: Any = jnp.float32,
 ) -> tuple[ModelConfig, Params]:
     """A saved model's configuration, and its parameters cast to `dtype`, each shard read where it will live."""
     description = describe(directory)
-    path = local_path(directory).absolute() / "arrays"
+    path = readable_arrays(any_path(directory))
     config, sizes = description.config, description.segments
     _check(description.leaves, config, sizes, f"the model in {directory}")
     expected = arrays.named_leaves(_abstract(config, sizes, layout, dtype))
@@ -140,9 +149,16 @@ def load_model_checkpoint(
     return config, params
 
 
-def describe(directory: str | os.PathLike[str]) -> ModelDescription:
+def readable_arrays(directory: Path) -> Path:
+    """Where a model's arrays are read: in place where TensorStore can, else from a local copy."""
+    if is_remote(directory) and not str(directory).startswith(("gs://", "s3://")):
+        directory = fetched(directory)
+    return directory.absolute() / "arrays"
+
+
+def describe(directory: AnyPath) -> ModelDescription:
     """What a saved model is, without reading its arrays. Raises CheckpointError when it is no model of ours."""
-    path = local_path(directory) / FILE
+    path = any_path(directory) / FILE
     try:
         document = json.loads(path.read_text())
         found, version = document["format"], document["version"]
@@ -162,9 +178,9 @@ def describe(directory: str | os.PathLike[str]) -> ModelDescription:
         raise CheckpointError(f"{path} does not describe a model: {arrays.short(error)}") from error
 
 
-def is_model(directory: str | os.PathLike[str]) -> bool:
+def is_model(directory: AnyPath) -> bool:
     """Whether a directory says that it holds a model in our format."""
-    return (local_path(directory) / FILE).is_file()
+    return (any_path(directory) / FILE).is_file()
 
 
 def refuse_existing(target: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxdistill.checkpoint.model import describe, is_model, load_model_checkpoint
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import AnyPath, any_path
 from jaxdistill.models.load import CONFIG_NAME, model_config, read_model
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import ModelConfig
@@ -26,24 +25,24 @@ class Model:
     tokenizer: Tokenizer
 
 
-def open_model(path: str | os.PathLike[str], *, layout: Layout = Layout(), dtype: Any = jnp.float32) -> Model:
+def open_model(path: AnyPath, *, layout: Layout = Layout(), dtype: Any = jnp.float32) -> Model:
     """Reads a model and its tokenizer, each array straight into its shards of the layout.
 
     path: a directory that `jaxdistill convert` wrote, a Hugging Face directory (config.json, safetensors,
     tokenizer.json or tokenizer.model), or a .gguf file. Raises with the missing or contradicting parts named.
     """
-    tokenizer = load_tokenizer(os.fspath(path))
+    tokenizer = load_tokenizer(path)
     read = load_model_checkpoint if is_model(path) else read_model
     config, params = read(path, layout=layout, dtype=dtype)
     return Model(config, params, tokenizer)
 
 
-def has_model(path: str | os.PathLike[str]) -> bool:
+def has_model(path: AnyPath) -> bool:
     """Whether a path claims to be a model, rather than a tokenizer alone: what `open_model` opens, if it is whole."""
-    place = local_path(path)
+    place = any_path(path)
     return is_model(path) or (place / CONFIG_NAME).is_file() or place.suffix == ".gguf"
 
 
-def open_config(path: str | os.PathLike[str]) -> ModelConfig:
+def open_config(path: AnyPath) -> ModelConfig:
     """What the model at a path is, without reading its arrays."""
     return describe(path).config if is_model(path) else model_config(path)

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import numpy as np
 import tensorstore as ts
 
 from jaxdistill.checkpoint.arrays import CheckpointError, LeafSpec
-from jaxdistill.checkpoint.model import ModelDescription, describe, refuse_existing, write_description
-from jaxdistill.formats.paths import Done, local_path, resumable_directory, write_text
+from jaxdistill.checkpoint.model import ModelDescription, describe, readable_arrays, refuse_existing, write_description
+from jaxdistill.formats.paths import AnyPath, Done, any_path, is_remote, resumable_directory, write_text
 from jaxdistill.formats.tiles import c_ordered
 from jaxdistill.models.parts import Parts, part_names
 from jaxdistill.models.schema import StackedSpec, locate, schema, stacked_schema
@@ -33,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 
 def save_parts(
-    directory: str | os.PathLike[str],
+    directory: AnyPath,
     parts: Parts,
     *,
     dtype: Any,
@@ -48,7 +47,7 @@ def save_parts(
     part that was written from another is not kept. compress: with zstd, which saves a little of weights, for time. Two
     parts are in memory at most.
     """
-    target = local_path(directory).absolute()
+    target = any_path(directory).absolute()
     refuse_existing(target)
     config, kind = parts.config, jnp.dtype(dtype)
     leaves = {"/".join(path): leaf for path, leaf in stacked_schema(config).items()}
@@ -130,7 +129,8 @@ def _create(folder: Path, name: str, leaf: StackedSpec, dtype: np.dtype, *, comp
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:
     # Files are made durable all at once, in the end.
-    base = {"driver": "file", "path": f"{folder}/", "file_io_sync": False}
+    local = {"driver": "file", "path": f"{folder}/", "file_io_sync": False}
+    base = f"{folder}/" if is_remote(folder) else local
     return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
 
 
@@ -161,12 +161,12 @@ def _write_metadata(folder: Path, leaves: dict[str, StackedSpec]) -> None:
 class SavedInParts:
     """A saved model, read part by part. Reading one layer reads the chunks that it lies in."""
 
-    directory: Path
+    arrays: Path
     description: ModelDescription
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> SavedInParts:
-        return cls(local_path(directory).absolute(), describe(directory))
+    def open(cls, directory: AnyPath) -> SavedInParts:
+        return cls(readable_arrays(any_path(directory)), describe(directory))
 
     @property
     def config(self) -> ModelConfig:
@@ -191,9 +191,9 @@ class SavedInParts:
     def _open(self, leaf: str) -> Any:
         if leaf not in self._arrays:
             try:
-                self._arrays[leaf] = ts.open(_spec(self.directory / "arrays", leaf), read=True, open=True).result()
+                self._arrays[leaf] = ts.open(_spec(self.arrays, leaf), read=True, open=True).result()
             except ValueError as error:
                 raise CheckpointError(
-                    f"{self.directory} cannot be read ({error!s:.200}); convert the model again."
+                    f"{self.arrays} cannot be read ({error!s:.200}); convert the model again."
                 ) from None
         return self._arrays[leaf]

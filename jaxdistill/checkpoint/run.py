@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import re
 import shutil
 import time
@@ -28,7 +27,7 @@ from jax.experimental import multihost_utils
 from jaxdistill.checkpoint import arrays, records
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.retention import Retention, ranked
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import AnyPath, any_path
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +52,8 @@ class RunCheckpoints:
     directory: made when absent; may hold other files, which are left alone.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, retention: Retention = Retention()):
-        self._directory = local_path(directory).absolute()
+    def __init__(self, directory: AnyPath, *, retention: Retention = Retention()):
+        self._directory = any_path(directory).absolute()
         self._retention = retention
         self._pending: int | None = None
         self._directory.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from jaxdistill.data.sources import (
     Records,
 )
 from jaxdistill.data.tfds_source import TfdsDirectory
+from jaxdistill.formats.paths import AnyPath, any_path
 
 JSON_LINES = (".jsonl", ".ndjson")
 PLAIN_TEXT = (".txt", ".md", ".rst", ".py")
@@ -24,15 +25,13 @@ SUFFIXES = JSON_LINES + PLAIN_TEXT + PARQUET + ARRAY_RECORD
 FileSource = JsonLines | PlainText | Parquet | ArrayRecord
 
 
-def source_at(
-    path: str | Path, *, field: str = "text", split: str = "train"
-) -> FileSource | Concatenated | TfdsDirectory:
+def source_at(path: AnyPath, *, field: str = "text", split: str = "train") -> FileSource | Concatenated | TfdsDirectory:
     """The source that a path stands for, by its suffix; a directory is a TFDS data set or all the files in it.
 
     field: the key or column of the text, where the format has one. split: of a TFDS directory. Files of a directory
     are taken by name, sub-directories included, hidden ones left out.
     """
-    place = Path(path).expanduser()
+    place = any_path(path)
     if not place.exists():
         raise DataError(f"{place}: there is no such file or directory.")
     if not place.is_dir():
@@ -65,7 +64,7 @@ def source_at(
     return Concatenated(parts)
 
 
-def open_path(path: str | Path, *, field: str = "text", split: str = "train") -> Records:
+def open_path(path: AnyPath, *, field: str = "text", split: str = "train") -> Records:
     """Opens what `source_at` finds."""
     return source_at(path, field=field, split=split).open()
 

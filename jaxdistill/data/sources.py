@@ -22,6 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxdistill.formats.paths import AnyPath, fetched
+
 Record = dict[str, Any]
 
 CONVERSATION = "messages"
@@ -76,9 +78,9 @@ def check_record(record: Any, field: str, where: str) -> Record:
     return record
 
 
-def checked_file(path: str | Path) -> Path:
+def checked_file(path: AnyPath) -> Path:
     """The path of an existing file with at least one byte."""
-    file = Path(path).expanduser()
+    file = fetched(path)
     if not file.exists():
         raise DataError(f"{file}: there is no such file. Give the path of an existing one.")
     if file.is_dir():

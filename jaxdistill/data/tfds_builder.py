@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxdistill.data.sources import CONVERSATION, PAIR, DataError, Record, Records, Source
+from jaxdistill.formats.paths import AnyPath, any_path, atomic_directory
 
 _SHARD_BYTES = 1 << 28
 
 
 def build_tfds(
     source: Source,
-    directory: str | Path,
+    directory: AnyPath,
     name: str,
     *,
     split: str = "train",
@@ -42,13 +41,11 @@ def build_tfds(
         raise ValueError(f"split is {split!r}; give a name such as 'train' or 'test'.")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}; give at least 1.")
-    target = Path(directory).expanduser() / name / version
+    target = any_path(directory) / name / version
     if target.exists():
         raise FileExistsError(f"{target} exists and is left as it is; give another version, name or directory.")
     records = source.open()
-    temporary = target.with_name(f".{version}.{os.getpid()}.partial")
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_directory(target) as temporary:
         features = tfds.features.FeaturesDict(_features(records[0]))
         lengths, size = _write_shards(records, source.field, features, temporary / f"{name}-{split}", shard_bytes)
         template = tfds.core.ShardedFileTemplate(
@@ -63,10 +60,6 @@ def build_tfds(
             description=description,
             check_data=False,  # the check would need TensorFlow
         )
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return target
 
 

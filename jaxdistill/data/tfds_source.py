@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data.sources import CONVERSATION, DataError, Record, Records, check_record, content_fingerprint
+from jaxdistill.formats.paths import fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Tfds:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import read_only_builder
 
-        places = {} if self.data_dir is None else {"data_dir": str(Path(self.data_dir).expanduser())}
+        places = {} if self.data_dir is None else {"data_dir": str(fetched(self.data_dir))}
         try:
             builder = read_only_builder.builder_from_files(self.name, **places)
         except tfds.core.DatasetNotFoundError:
@@ -50,7 +51,7 @@ class TfdsDirectory:
     def open(self) -> Records:
         import tensorflow_datasets as tfds
 
-        directory = Path(self.directory).expanduser()
+        directory = fetched(self.directory)
         if not (directory / "dataset_info.json").is_file():
             raise DataError(f"{directory}: no dataset_info.json here. Give the version directory of a TFDS data set.")
         return _TfdsRecords(tfds.builder_from_directory(str(directory)), self.split, self.field)

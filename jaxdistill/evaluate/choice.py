@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from jaxdistill.checkpoint.open import Model
 from jaxdistill.data.packing import Piece
 from jaxdistill.evaluate.results import ChoiceScore
 from jaxdistill.evaluate.scoring import Progress, Scoring, score, silent, whole_piece
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import AnyPath, any_path
 from jaxdistill.tokenizers.base import Tokenizer
 
 
@@ -98,7 +97,7 @@ def continuation_pieces(
 
 
 def read_items(
-    path: str | os.PathLike[str], *, prompt: str = "Question: {question}\nAnswer:", limit: int | None = None
+    path: AnyPath, *, prompt: str = "Question: {question}\nAnswer:", limit: int | None = None
 ) -> list[ChoiceItem]:
     """Items of a JSON Lines file with the fields question, options ("A. …\\nB. …") and answer (one whole option).
 
@@ -106,7 +105,7 @@ def read_items(
     ValueError with the line of a row that is not such an item.
     """
     items = []
-    with local_path(path).open(encoding="utf-8") as lines:
+    with any_path(path).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(items) == limit:
                 break

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import AnyPath, any_path, fetched
 from jaxdistill.formats.source import (
     FETCH_AGAIN,
     FormatError,
@@ -76,7 +75,7 @@ class _Stored:
         return math.prod(self.shape) // elements * stored_bytes
 
 
-def open_gguf(path: str | os.PathLike[str]) -> GgufSource:
+def open_gguf(path: AnyPath) -> GgufSource:
     """Opens a GGUF file for reading; see `GgufSource`. Raises `FormatError`."""
     return GgufSource(path)
 
@@ -90,9 +89,9 @@ class GgufSource:
     metadata: the key-value pairs of the header as Python numbers, strings, booleans and lists.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = local_path(path)
-        self._file = MappedFile(self.path)
+    def __init__(self, path: AnyPath):
+        self.path = any_path(path)
+        self._file = MappedFile(fetched(self.path))
         header = _Header(self._file)
         self.metadata: dict[str, Any] = header.metadata
         self._tensors = header.tensors

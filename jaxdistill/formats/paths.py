@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO, cast
 
 from upath import UPath
 
@@ -21,9 +21,10 @@ AnyPath = str | os.PathLike[str] | UPath
 """What names a file or a directory: a local path, or one of a file system that fsspec knows (`gs://…`, `s3://…`)."""
 
 
-def any_path(path: AnyPath) -> Path | UPath:
-    """The path that `path` (a string, or an object of `pathlib`, `upath` or `etils.epath`) names: `pathlib`'s, or a
-    remote one with the same methods. The one place that decides where bytes live.
+def any_path(path: AnyPath) -> Path:
+    """The path that `path` (a string, or an object of `pathlib`, `upath` or `etils.epath`) names: `pathlib`'s, or
+    `upath`'s for a remote one, which is called a Path here because it has the same methods. The one place that decides
+    where bytes live.
 
     Raises ValueError where there is no such file system, or what reads it is not installed.
     """
@@ -38,13 +39,24 @@ def any_path(path: AnyPath) -> Path | UPath:
             f"{text} cannot be reached: {error}. Allowed are local paths and what fsspec knows; gs:// needs the "
             "package gcsfs, s3:// needs s3fs."
         ) from None
-    return Path(found.path) if found.protocol in ("file", "local") else found
+    return Path(found.path) if found.protocol in ("file", "local") else cast(Path, found)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether what `any_path` gave is in an object store, where files are written whole and nothing is renamed."""
+    return isinstance(path, UPath)
+
+
+def store_of(path: Path) -> tuple[Any, str]:
+    """The file system of a remote path, and what it calls the path."""
+    remote: Any = path
+    return remote.fs, remote.path
 
 
 def local_path(path: AnyPath) -> Path:
     """The local path that `path` names, for what only disks can do. Raises ValueError for others."""
     found = any_path(path)
-    if not isinstance(found, Path):
+    if is_remote(found):
         raise ValueError(f"{found} is a remote path; allowed here are local or mounted ones. Copy or mount it first.")
     return found
 
@@ -56,19 +68,20 @@ def fetched(path: AnyPath) -> Path:
     `cache_directory`.
     """
     found = any_path(path)
-    if isinstance(found, Path):
+    if not is_remote(found):
         return found
     files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
     if not files:
         raise FileNotFoundError(f"{found}: there is no such file or directory. Give the path of an existing one.")
-    state = json.dumps([[str(file), str(file.fs.ukey(file.path))] for file in files])
+    store = store_of(found)[0]
+    state = json.dumps([[str(file), str(store.ukey(store_of(file)[1]))] for file in files])
     copy = cache_directory() / "fetched" / hashlib.sha256(state.encode()).hexdigest()[:32] / found.name
     if not copy.exists():
         with atomic_directory(copy.parent) as folder:
             for file in files:
                 target = folder / found.name / file.relative_to(found) if file != found else folder / found.name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                file.fs.get_file(file.path, str(target))
+                store.get_file(store_of(file)[1], str(target))
     return copy
 
 
@@ -86,7 +99,7 @@ def atomic_file(path: AnyPath) -> Iterator[BinaryIO]:
     is removed, and what `path` held before is untouched. The directory is made if it is missing.
     """
     destination = any_path(path)
-    if not isinstance(destination, Path):
+    if is_remote(destination):
         with tempfile.NamedTemporaryFile() as file:
             yield file  # pyright: ignore[reportReturnType]
             file.flush()
@@ -125,7 +138,7 @@ def atomic_directory(path: AnyPath, *, replace: bool = False) -> Iterator[Path]:
     one is filled in a temporary directory and uploaded in the end; see `_upload_tree`.
     """
     destination = any_path(path)
-    if not isinstance(destination, Path):
+    if is_remote(destination):
         if not replace:
             _refuse_existing(destination)
         with tempfile.TemporaryDirectory() as temporary:
@@ -185,9 +198,8 @@ def resumable_directory(path: AnyPath, made_from: str) -> Iterator[tuple[Path, D
     """
     destination = any_path(path)
     _refuse_existing(destination)
-    if isinstance(destination, Path):
-        partial: Path = destination.with_name(f".{destination.name}.partial")
-    else:
+    partial = destination.with_name(f".{destination.name}.partial")
+    if is_remote(destination):
         partial = cache_directory() / "unfinished" / hashlib.sha256(str(destination).encode()).hexdigest()[:32]
     partial.mkdir(parents=True, exist_ok=True)
     progress, head = partial / ".finished", json.dumps(made_from)
@@ -207,7 +219,7 @@ def resumable_directory(path: AnyPath, made_from: str) -> Iterator[tuple[Path, D
         file.write("\n")
         yield partial, Done(file, names[:-1])
         progress.unlink()
-        if not isinstance(destination, Path):
+        if is_remote(destination):
             _upload_tree(partial, destination, replace=False)
             shutil.rmtree(partial)
             return
@@ -217,33 +229,35 @@ def resumable_directory(path: AnyPath, made_from: str) -> Iterator[tuple[Path, D
     _sync_directory(destination.parent)
 
 
-def _upload(file: Path, destination: UPath) -> None:
+def _upload(file: Path, destination: Path) -> None:
     """Object stores show a file when all of it has arrived."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    destination.fs.put_file(str(file), destination.path)
+    store, name = store_of(destination)
+    store.put_file(str(file), name)
 
 
-def _upload_tree(folder: Path, destination: UPath, *, replace: bool) -> None:
+def _upload_tree(folder: Path, destination: Path, *, replace: bool) -> None:
     """Copies a directory into an object store, the largest files first: what says that a directory is a model is small
     and comes last. On an error nothing of it stays. With `replace` all is uploaded under another name before what is
     there is deleted."""
     if not replace:
         _refuse_existing(destination)
     place = _sibling(destination, "tmp") if replace else destination
+    store, name = store_of(place)
     files = [file for file in folder.rglob("*") if file.is_file()]
     try:
         for file in sorted(files, key=lambda file: -file.stat().st_size):
             _upload(file, place / file.relative_to(folder).as_posix())
     except BaseException as error:
         if place.exists():
-            place.fs.rm(place.path, recursive=True)
+            store.rm(name, recursive=True)
         if isinstance(error, OSError):
             error.add_note(f"{destination} was not written: it is as it was before, and no part of it is left.")
         raise
     if replace:
         if destination.exists():
-            destination.fs.rm(destination.path, recursive=True)
-        place.fs.mv(place.path, destination.path, recursive=True)
+            store.rm(store_of(destination)[1], recursive=True)
+        store.mv(name, store_of(destination)[1], recursive=True)
 
 
 def _empty(directory: Path, *, but: Path) -> None:
@@ -281,7 +295,7 @@ def _swap(new: Path, destination: Path) -> None:
         old.unlink()
 
 
-def _sibling(path: Any, kind: str) -> Any:
+def _sibling(path: Path, kind: str) -> Path:
     """A fresh hidden name beside `path`: renaming is atomic only inside one file system."""
     return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(4)}")
 

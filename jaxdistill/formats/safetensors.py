@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from upath import UPath
 
 from jaxdistill.formats.paths import AnyPath, Finished, any_path, atomic_file, write_text
 from jaxdistill.formats.source import (
@@ -234,7 +233,7 @@ def _parse_header(file: ByteFile) -> tuple[dict[str, str], dict[str, _Stored]]:
     return metadata, dict(sorted(tensors.items(), key=lambda item: item[1].offset))
 
 
-def _parse_entry(path: Path | UPath, name: str, entry: Any) -> tuple[TensorInfo, int]:
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
     """One tensor of the header as (shape and dtype, first byte in the data)."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(
@@ -268,7 +267,7 @@ def _is_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(entry) is int and 0 <= entry < 2**63 for entry in value)
 
 
-def _parse_index(path: Path | UPath) -> dict[str, str]:
+def _parse_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index: tensor name to shard file name."""
     with contextlib.closing(open_bytes(path)) as file:
         index = _parse_json(path, file.read(0, MAX_HEADER_BYTES), "the index")
@@ -282,7 +281,7 @@ def _parse_index(path: Path | UPath) -> dict[str, str]:
     return weight_map
 
 
-def _parse_json(path: Path | UPath, text: bytes, what: str) -> dict[str, Any]:
+def _parse_json(path: Path, text: bytes, what: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -328,7 +327,7 @@ def save_safetensors(
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
     done: Finished | None = None,
-) -> tuple[Path | UPath, ...]:
+) -> tuple[Path, ...]:
     """Writes a model's weights into a directory under Hugging Face's names; returns the paths written.
 
     One `model.safetensors` if the tensors fit into `max_shard_bytes`, else `model-00001-of-0000N.safetensors` and an
@@ -432,7 +431,7 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _refuse_other_layout(folder: Path | UPath, written: set[str]) -> None:
+def _refuse_other_layout(folder: Path, written: set[str]) -> None:
     """Leftover weights of another sharding would make the directory ambiguous."""
     present = {entry.name for pattern in ("model*.safetensors", INDEX_NAME) for entry in folder.glob(pattern)}
     if present - written:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-from upath import UPath
+
+from jaxdistill.formats.paths import is_remote, store_of
 
 Tensor = TypeVar("Tensor")
 
@@ -74,7 +75,7 @@ class ByteFile(Protocol):
     """A file of which parts are read."""
 
     @property
-    def path(self) -> Path | UPath: ...
+    def path(self) -> Path: ...
     @property
     def size(self) -> int: ...
 
@@ -89,22 +90,23 @@ class ByteFile(Protocol):
     def close(self) -> None: ...
 
 
-def open_bytes(path: Path | UPath) -> ByteFile:
+def open_bytes(path: Path) -> ByteFile:
     """A mapped file, or one in an object store, of which no more is fetched than is asked for."""
-    return MappedFile(path) if isinstance(path, Path) else RemoteFile(path)
+    return RemoteFile(path) if is_remote(path) else MappedFile(path)
 
 
 class RemoteFile:
     """A file in an object store: each part is a request of its own."""
 
-    def __init__(self, path: UPath):
+    def __init__(self, path: Path):
         self.path = path
+        self._store, self._name = store_of(path)
         if not path.is_file():
             raise FormatError(f"{path}: there is no such file. Give the path of an existing one.")
         self.size: int = path.stat().st_size
 
     def read(self, start: int, stop: int) -> bytes:
-        return bytes(self.path.fs.cat_file(self.path.path, start=start, end=min(stop, self.size)))
+        return self._store.cat_file(self._name, start=start, end=min(stop, self.size))
 
     def array(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
         count = math.prod(shape)
@@ -161,7 +163,7 @@ def fits_numpy(shape: tuple[int, ...], itemsize: int) -> bool:
     return len(shape) <= 64 and math.prod(max(extent, 1) for extent in shape) * itemsize < 2**63
 
 
-def lookup(path: Path | UPath, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def lookup(path: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """The entry called `name`; an unknown name gives an error that lists the closest ones."""
     if name not in tensors:
         close = difflib.get_close_matches(name, tensors, n=3) or list(tensors)[:3]
@@ -169,7 +171,7 @@ def lookup(path: Path | UPath, tensors: Mapping[str, Tensor], name: str) -> Tens
     return tensors[name]
 
 
-def checked_index(path: Path | UPath, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, ...]:
+def checked_index(path: Path, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, ...]:
     """`index` with every bound filled in. Refuses what NumPy would silently clip to fewer elements."""
     if len(index) != len(shape):
         raise IndexError(f"{path}: {name!r} has shape {shape}; the index has {len(index)} slices, give {len(shape)}.")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxdistill.checkpoint.model import is_model
 from jaxdistill.checkpoint.open import open_config, open_model
 from jaxdistill.checkpoint.parts import SavedInParts, save_parts
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import any_path
 from jaxdistill.jobs.inspect import describe_path
 from jaxdistill.jobs.stage import counted_bytes, stage, whole_machine
 from jaxdistill.models.export import check_exportable, write_hf_parts
@@ -32,7 +32,7 @@ def convert_model(
     Otherwise one parameter of one layer is in memory at a time, or two. Raises FileExistsError before anything is read
     when the destination holds something.
     """
-    target = local_path(destination)
+    target = any_path(destination)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{destination} exists and is not empty. Choose another name or move it.")
     config, tokenizer = open_config(source), load_tokenizer(source)
@@ -78,7 +78,7 @@ def _padded(source: str) -> Iterator[Parts]:
 
 def _state_of(source: str) -> str:
     """A path, and what would change with its files."""
-    path = local_path(source).absolute()
+    path = any_path(source).absolute()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [(str(file.relative_to(path)), *_stamp(file)) for file in files if file.is_file()]
     return f"{path} {found}"

@@ -23,7 +23,7 @@ from jaxdistill.evaluate import (
     multiple_choice,
     read_items,
 )
-from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.formats.paths import any_path, write_text
 from jaxdistill.jobs.stage import counted, stage, whole_machine
 from jaxdistill.models.decoder import Execution
 
@@ -150,7 +150,7 @@ def _names(paths: list[str]) -> list[str]:
     """The last part of each path, and as many before it as tell them apart."""
     if len(set(paths)) != len(paths):
         raise ValueError(f"a model is given twice: {paths}.")
-    parts = [local_path(path).absolute().parts for path in paths]
+    parts = [any_path(path).absolute().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxdistill.checkpoint.model import describe, is_model
 from jaxdistill.checkpoint.run import RunCheckpoints
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import any_path
 from jaxdistill.models.families.family import axis_sizes
 from jaxdistill.models.load import open_checkpoint
 from jaxdistill.models.schema import count_parameters, param_axes, schema
@@ -24,7 +24,7 @@ METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
 def describe_path(path: str, *, tensors: bool = False) -> str:
     """A few aligned lines about a model or a run; with `tensors`, one more for each array."""
-    place = local_path(path)
+    place = any_path(path)
     if not place.exists():
         raise FileNotFoundError(f"{path}: there is no such file or directory.")
     if (place / METRICS).is_file() or (place / CHECKPOINTS).is_dir():
@@ -71,7 +71,7 @@ def _arrays_of(path: str) -> tuple[str, ModelConfig, list[Array]]:
         for name in checkpoint.source.names():
             info = checkpoint.source.info(name)
             arrays.append((name, _axes(axes.get(name, ())), info.shape, str(info.dtype), info.dtype.itemsize))
-        kind = "a Hugging Face directory" if local_path(path).is_dir() else "a GGUF file (sizes after dequantising)"
+        kind = "a Hugging Face directory" if any_path(path).is_dir() else "a GGUF file (sizes after dequantising)"
         return kind, checkpoint.config, arrays
 
 

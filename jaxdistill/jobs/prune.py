@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxdistill.checkpoint.model import save_model
 from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.data.pipeline import DataConfig
-from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.formats.paths import any_path, write_text
 from jaxdistill.jobs.inspect import describe_path
 from jaxdistill.jobs.stage import counted, stage, whole_machine
 from jaxdistill.models.decoder import Execution
@@ -70,7 +70,7 @@ class PruneConfig:
 def prune(config: PruneConfig) -> Path:
     """Writes OUT/plan.json and OUT/model, and returns the latter. Scores that OUT holds for the same settings are used
     again. Refuses an OUT/model that exists, and sizes that cannot be, before any array is read."""
-    out = local_path(config.out)
+    out = any_path(config.out)
     if (out / MODEL).exists():
         raise FileExistsError(f"{out / MODEL} exists. Choose another --out, or move it.")
     source = open_config(config.model)
@@ -133,7 +133,7 @@ def part_scores(
         return random_importance(model.config, config.data.seed)
     if config.scorer == "weights":
         return weight_magnitude(model.config, model.params, layout)
-    out = local_path(config.out)
+    out = any_path(config.out)
     settings: Any = {"model": config.model, "scorer": config.scorer, "batches": config.batches, "dtype": config.dtype}
     settings |= {"activations": config.activations, "data": dataclasses.asdict(config.data)}
     settings |= {"changed": [_changed(path) for path in (config.model, config.data.path) if path]}
@@ -151,6 +151,6 @@ def part_scores(
 
 def _changed(path: str) -> list[int]:
     """The size of all files at a path, and when the last of them was written, in nanoseconds."""
-    place = local_path(path)
+    place = any_path(path)
     files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
     return [sum(file.stat().st_size for file in files), max((file.stat().st_mtime_ns for file in files), default=0)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxdistill.checkpoint.model import save_model
 from jaxdistill.checkpoint.open import open_config, open_model
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import any_path
 from jaxdistill.jobs.stage import stage, whole_machine
 from jaxdistill.models.export import check_exportable, write_hf
 from jaxdistill.retokenize import check_suffixes, retokenize_model
@@ -36,7 +36,7 @@ class RetokenizeConfig:
 def retokenize(config: RetokenizeConfig) -> Path:
     """Writes OUT, a model with its new tokenizer, and returns its path. Refuses an OUT that exists, and a model that
     the format cannot hold, before any array is read."""
-    out = local_path(config.out)
+    out = any_path(config.out)
     if out.exists():
         raise FileExistsError(f"{out} exists. Choose another --out, or move it.")
     tokenizer, source = load_tokenizer(config.tokenizer), open_config(config.model)

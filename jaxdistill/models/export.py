@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill.formats.paths import Finished, atomic_directory, local_path, resumable_directory, write_text
+from jaxdistill.formats.paths import AnyPath, Finished, any_path, atomic_directory, resumable_directory, write_text
 from jaxdistill.formats.safetensors import save_safetensors
 from jaxdistill.formats.source import TensorInfo
 from jaxdistill.models.families import FAMILIES
@@ -30,7 +29,7 @@ WRITTEN_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def write_hf(
-    directory: str | os.PathLike[str],
+    directory: AnyPath,
     config: ModelConfig,
     params: Params,
     *,
@@ -59,7 +58,7 @@ def write_hf(
 
 
 def write_hf_parts(
-    directory: str | os.PathLike[str],
+    directory: AnyPath,
     parts: Parts,
     *,
     dtype: Any,
@@ -88,7 +87,7 @@ def write_hf_parts(
             tokenizer.save(folder)
         tensors = _Tensors(parts, kind, progress)
         save_safetensors(folder, infos, tensors, max_shard_bytes=max_shard_bytes, done=done)
-    return local_path(directory)
+    return any_path(directory)
 
 
 def _described(config: ModelConfig, dtype: np.dtype, special: SpecialTokens) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def _described(config: ModelConfig, dtype: np.dtype, special: SpecialTokens) -> 
 
 
 @contextlib.contextmanager
-def _folder(directory: str | os.PathLike[str], replace: bool, made_from: str | None) -> Iterator[tuple[Path, Finished]]:
+def _folder(directory: AnyPath, replace: bool, made_from: str | None) -> Iterator[tuple[Path, Finished]]:
     """A directory to fill, and what of it is there already."""
     if made_from is not None and not replace:
         with resumable_directory(directory, made_from) as (folder, done):

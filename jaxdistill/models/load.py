@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.formats.gguf import open_gguf
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import AnyPath, any_path
 from jaxdistill.formats.safetensors import open_safetensors
 from jaxdistill.formats.source import FormatError, TensorInfo, TensorSource
 from jaxdistill.formats.tiles import c_ordered, copy_into
@@ -79,9 +78,7 @@ class CheckpointInParts:
         return _read_part(self.checkpoint.source, stored, spec, whole)
 
 
-def read_model(
-    path: str | os.PathLike[str], *, layout: Layout = Layout(), dtype: Any = jnp.float32
-) -> tuple[ModelConfig, Params]:
+def read_model(path: AnyPath, *, layout: Layout = Layout(), dtype: Any = jnp.float32) -> tuple[ModelConfig, Params]:
     """A model of another format as our config and its parameters, stacked and placed by the layout.
 
     path: a directory with config.json and safetensors, or a GGUF file (quantised tensors are dequantised).
@@ -92,9 +89,9 @@ def read_model(
         return checkpoint.config, read_params(checkpoint, layout=layout, dtype=dtype)
 
 
-def model_config(path: str | os.PathLike[str]) -> ModelConfig:
+def model_config(path: AnyPath) -> ModelConfig:
     """What the model at this path is; reads no tensor. See `read_model`."""
-    where = local_path(path)
+    where = any_path(path)
     if where.is_dir():
         return _hf_config(path)[0]
     with open_checkpoint(path) as checkpoint:
@@ -102,9 +99,9 @@ def model_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
+def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
     """Opens a Hugging Face directory or a GGUF file; headers are read, tensors are not."""
-    where = local_path(path)
+    where = any_path(path)
     if where.is_dir():
         config, family = _hf_config(path)
         with open_safetensors(where) as source:
@@ -124,8 +121,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
         yield Checkpoint(config, family, source, functools.partial(family.gguf_stored, config))
 
 
-def _hf_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Family]:
-    file = local_path(path) / CONFIG_NAME
+def _hf_config(path: AnyPath) -> tuple[ModelConfig, Family]:
+    file = any_path(path) / CONFIG_NAME
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import zipfile
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdistill.formats.paths import atomic_file, local_path
+from jaxdistill.formats.paths import AnyPath, any_path, atomic_file, fetched
 from jaxdistill.models.decoder import tap_points
 from jaxdistill.prune.block_influence import block_influence_tap
 from jaxdistill.specs import LayerSpec, MixtureOfExperts, ModelConfig
@@ -56,17 +55,17 @@ class Importance:
     layers: Any
     widths: Mapping[str, tuple[Any, ...]]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """As a NumPy .npz file."""
         widths = {f"{axis}/{layer}": s for axis, scores in self.widths.items() for layer, s in enumerate(scores)}
-        with atomic_file(local_path(path)) as file:
+        with atomic_file(any_path(path)) as file:
             np.savez(file, embed=self.embed, layers=self.layers, **widths)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Importance:
+    def load(cls, path: AnyPath) -> Importance:
         """From what `save` wrote. Raises ValueError for anything else."""
         try:
-            with np.load(local_path(path)) as arrays:
+            with np.load(fetched(path)) as arrays:
                 depth = len(arrays["layers"])
                 axes = {name.partition("/")[0] for name in arrays.files if "/" in name}
                 widths = {axis: tuple(arrays[f"{axis}/{layer}"] for layer in range(depth)) for axis in sorted(axes)}

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.formats.paths import AnyPath, any_path, write_text
 from jaxdistill.specs import ModelConfig, parts_of
 
 Indices = tuple[int, ...]
@@ -173,15 +172,15 @@ class PrunePlan:
                 'embed and widths, whose indices are text like "0-2 5 7-9".'
             ) from None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """As a JSON file."""
-        write_text(local_path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(any_path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PrunePlan:
+    def load(cls, path: AnyPath) -> PrunePlan:
         """From a JSON file. Raises ValueError, with the path, for one that is not a plan."""
         try:
-            return cls.from_dict(json.loads(local_path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(any_path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path, PurePath
 
 from jaxdistill.evaluate.alignment import AlignedView, Cell, Token
-from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.formats.paths import AnyPath, any_path, write_text
 from jaxdistill.report.alignment import facts, totals, visible
 from jaxdistill.report.page import html_page, html_table
 
@@ -18,9 +17,9 @@ FULL_NATS = 3.0
 COLOURS = 3
 
 
-def write_alignment(view: AlignedView, path: str | os.PathLike[str], *, student: str, teacher: str) -> Path:
+def write_alignment(view: AlignedView, path: AnyPath, *, student: str, teacher: str) -> Path:
     """Writes the page and returns where it is. student, teacher: what the two sides are called."""
-    page = local_path(path)
+    page = any_path(path)
     write_text(page, alignment_page(view, student=student, teacher=teacher))
     return page
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.open import open_config
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import AnyPath, any_path
 from jaxdistill.models.schema import count_parameters
 
 
@@ -56,14 +55,14 @@ class ReportData:
     versions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def collect(run: str | os.PathLike[str]) -> ReportData:
+def collect(run: AnyPath) -> ReportData:
     """Reads what a run's directory holds: metrics.jsonl, config.json, evaluation.json, samples.json, times.json,
     versions.json, and the models that they name.
 
     Files of the training part may lie in a sub-directory `train`. Raises FileNotFoundError when there is nothing to
     show, and ValueError for a file that is not what it should be.
     """
-    directory = local_path(run)
+    directory = any_path(run)
     found = {name: _find(directory, name) for name in FILES}
     if not any(found.values()):
         raise FileNotFoundError(f"{run} is not a run's directory: it has none of {', '.join(FILES)}.")

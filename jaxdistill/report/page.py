@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -10,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.evaluate.results import Column, table_of
-from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.formats.paths import AnyPath, any_path, write_text
 from jaxdistill.report.charts import Series, dot_rows, line_chart, value
 from jaxdistill.report.data import ReportData, collect, number, short_count
 
 NAME = "report.html"
 
 
-def write_report(run: str | os.PathLike[str]) -> Path:
+def write_report(run: AnyPath) -> Path:
     """Writes RUN/report.html from what the directory holds, and returns its path. See `collect` for errors."""
-    page = local_path(run) / NAME
+    page = any_path(run) / NAME
     write_text(page, render(collect(run)))
     return page
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.formats.paths import AnyPath, any_path, write_text
 from jaxdistill.report.charts import front_chart, value
 from jaxdistill.report.data import short_count
 from jaxdistill.report.page import html_page, html_table
@@ -56,7 +55,7 @@ def search_table(ranked: Sequence[Candidate], *, limited: Sequence[str]) -> str:
 
 
 def write_search_page(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     ranked: Sequence[Candidate],
     *,
     limited: Sequence[str],
@@ -83,7 +82,7 @@ def write_search_page(
         f"<section><p>{escape(told)}</p>{chart}</section>\n"
         f"<section><h2>Candidates</h2>{html_table(*_cells(ranked, limited))}</section>"
     )
-    write_text(local_path(path), html_page("Search for a shape", body))
+    write_text(any_path(path), html_page("Search for a shape", body))
 
 
 def _cells(ranked: Sequence[Candidate], limited: Sequence[str]) -> tuple[list[str], list[list[str]]]:

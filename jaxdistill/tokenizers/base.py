@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxdistill.formats.paths import atomic_file
+from jaxdistill.formats.paths import AnyPath, any_path, atomic_file
 
 TURN_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|eot|>", "<end_of_turn>", "<turn|>"})
 """Spellings of special tokens that end a turn, over the published families."""
@@ -92,7 +91,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: AnyPath) -> None:
         """Writes tokenizer.json and its companions so that transformers' AutoTokenizer gives equal ids."""
         ...
 
@@ -129,10 +128,10 @@ def roles_fingerprint(special: SpecialTokens) -> str:
     return json.dumps(roles, sort_keys=True)
 
 
-def save_files(directory: str | Path, files: Mapping[str, str | bytes]) -> None:
+def save_files(directory: AnyPath, files: Mapping[str, str | bytes]) -> None:
     """Writes each file under a temporary name first, so that a failing write keeps what was there."""
     for name, content in files.items():
-        with atomic_file(Path(directory) / name) as file:
+        with atomic_file(any_path(directory) / name) as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 

@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
+from jaxdistill.formats.paths import AnyPath
 from jaxdistill.tokenizers.base import (
     Encoding,
     SpecialTokens,
@@ -107,6 +107,6 @@ class ByteTokenizer:
         }
         return json.dumps(definition, ensure_ascii=False)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: AnyPath) -> None:
         files = companion_files(self.special, self.chat_template)
         save_files(directory, {"tokenizer.json": self._definition()} | files)

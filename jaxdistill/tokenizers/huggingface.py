@@ -7,12 +7,12 @@ import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
+from jaxdistill.formats.paths import AnyPath
 from jaxdistill.tokenizers.base import (
     Encoding,
     SpecialTokens,
@@ -120,7 +120,7 @@ class HuggingFaceTokenizer:
     def _lengths(self) -> np.ndarray:
         return np.fromiter((len(piece) for piece in self._vocabulary), np.int64, len(self._vocabulary))
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: AnyPath) -> None:
         definition = json.loads(self.definition)
         definition |= {"truncation": None, "padding": None}
         files = companion_files(self.special, self.chat_template)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.formats.gguf import open_gguf
-from jaxdistill.formats.paths import local_path
+from jaxdistill.formats.paths import AnyPath, any_path
 from jaxdistill.tokenizers import gguf_vocabulary, huggingface, sentencepiece_model
 from jaxdistill.tokenizers.base import Tokenizer, TokenizerError
 from jaxdistill.tokenizers.byte_level import ByteTokenizer
@@ -18,7 +18,7 @@ ALLOWED = (
 )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: AnyPath) -> Tokenizer:
     """The tokenizer of a path: a directory, a tokenizer.json, a SentencePiece model, a GGUF file, or "bytes".
 
     In a directory tokenizer.json is preferred to tokenizer.model. Roles and the chat template come from the
@@ -27,7 +27,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if str(path) == "bytes":
         return ByteTokenizer()
-    place = local_path(path)
+    place = any_path(path)
     if place.is_dir():
         found = next((place / name for name in ("tokenizer.json", "tokenizer.model") if (place / name).is_file()), None)
         if found is None:

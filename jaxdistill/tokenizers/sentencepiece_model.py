@@ -6,12 +6,12 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
+from jaxdistill.formats.paths import AnyPath
 from jaxdistill.tokenizers.base import (
     Encoding,
     SpecialTokens,
@@ -163,7 +163,7 @@ class SentencePieceTokenizer:
         longest_first = sorted(self.special.all, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: AnyPath) -> None:
         post_processor = bos_post_processor(self.special) if self._add_bos else None
         definition = tokenizer_json(self._proto, post_processor)
         files = companion_files(self.special, self.chat_template)

@@ -25,7 +25,7 @@ from jaxdistill.checkpoint.run import RunCheckpoints
 from jaxdistill.data.evaluation import eval_batches
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.pipeline import Loader, make_loader
-from jaxdistill.formats.paths import local_path, write_text
+from jaxdistill.formats.paths import any_path, write_text
 from jaxdistill.losses.alm import ALM
 from jaxdistill.models.export import check_exportable, exportable, write_hf
 from jaxdistill.models.lora import adapter_schema, merge_adapters
@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> Result:
     when too many steps in a row were not finite.
     """
     config.check()
-    directory = local_path(config.out)
+    directory = any_path(config.out)
     if config.log.wandb_project is not None:
         progress.require_wandb()
     join_processes(config)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxdistill import partition
 from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.data.aligned import following_ids
-from jaxdistill.formats.paths import cache_directory, local_path
+from jaxdistill.formats.paths import any_path, cache_directory
 from jaxdistill.losses.aligned import Ends, check_terms_on_pairs
 from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import default_chunk
@@ -142,7 +142,7 @@ def _shares_teacher(chosen: StudentConfig, teacher: str | None) -> bool:
     """Whether the student's path is the teacher's, and adapters need no second copy of what is there."""
     if chosen.lora is None or chosen.path is None or teacher is None:
         return False
-    return local_path(chosen.path).resolve() == local_path(teacher).resolve()
+    return any_path(chosen.path).resolve() == any_path(teacher).resolve()
 
 
 def _plan(config: TrainConfig, source: Model, layout: Layout, progress: Progress) -> PrunePlan | None:
