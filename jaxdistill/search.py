@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from jaxdistill.checkpoint.compatible import check_compatible
 from jaxdistill.checkpoint.open import open_config, open_model
-from jaxdistill.formats.paths import any_path, write_text
+from jaxdistill.formats.paths import any_path, remove_tree, write_text
 from jaxdistill.jobs.inspect import metric_lines
 from jaxdistill.models.cost import (
     HARDWARE,
@@ -290,7 +289,7 @@ def _distilled(config: SearchConfig, directory: Path, plan: Path) -> tuple[float
         if jax.process_index() == 0:
             write_text(result, json.dumps(_measured(directory / "metrics.jsonl", run.steps)) + "\n")
             # A candidate's weights are many times its plan, and one is trained again for longer anyway.
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+            remove_tree(directory / "checkpoints")
     _together()
     found = json.loads(result.read_text())
     return _number(found["before"]), _number(found["after"])

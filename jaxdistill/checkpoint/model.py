@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jaxdistill.checkpoint import arrays
 from jaxdistill.checkpoint.arrays import CheckpointError, LeafSpec
 from jaxdistill.checkpoint.documents import from_dict, to_dict
-from jaxdistill.formats.paths import AnyPath, any_path, atomic_directory, fetched, is_remote, write_text
+from jaxdistill.formats.paths import AnyPath, any_path, atomic_directory, fetched, is_in_place, is_remote, write_text
 from jaxdistill.models.schema import abstract_params, count_parameters, param_shardings, segment_of
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import LayerSpec, ModelConfig
@@ -85,7 +85,7 @@ def save_model(
     with _place_to_write(target) as temporary:
         try:
             with ocp.Checkpointer(arrays.handler()) as checkpointer:
-                checkpointer.save(temporary / "arrays", args=arrays.save_args(named))
+                checkpointer.save(str(temporary / "arrays"), args=arrays.save_args(named))
         except Exception as error:
             # Orbax's writers outlive its error and would make the directory again after it was removed.
             time.sleep(1.0)
@@ -140,7 +140,7 @@ def load_model_checkpoint(
     expected = arrays.named_leaves(_abstract(config, sizes, layout, dtype))
     try:
         with ocp.Checkpointer(arrays.handler()) as checkpointer:
-            restored = checkpointer.restore(path, args=arrays.restore_args(expected))
+            restored = checkpointer.restore(str(path), args=arrays.restore_args(expected))
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read ({arrays.short(error)}); convert the model again.") from error
     params = _nested(restored)
@@ -151,7 +151,7 @@ def load_model_checkpoint(
 
 def readable_arrays(directory: Path) -> Path:
     """Where a model's arrays are read: in place where TensorStore can, else from a local copy."""
-    if is_remote(directory) and not str(directory).startswith(("gs://", "s3://")):
+    if is_remote(directory) and not is_in_place(directory):
         directory = fetched(directory)
     return directory.absolute() / "arrays"
 

@@ -194,6 +194,6 @@ class SavedInParts:
                 self._arrays[leaf] = ts.open(_spec(self.arrays, leaf), read=True, open=True).result()
             except ValueError as error:
                 raise CheckpointError(
-                    f"{self.arrays} cannot be read ({error!s:.200}); convert the model again."
+                    f"{self.arrays.parent} cannot be read ({error!s:.200}); convert the model again."
                 ) from None
         return self._arrays[leaf]

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
 from jaxdistill.checkpoint.arrays import CheckpointError
-from jaxdistill.formats.paths import write_text
+from jaxdistill.formats.paths import any_path, write_text
 
 INFO_FILE = "info.json"
 
@@ -56,7 +56,7 @@ class RecordsHandler(ocp.AsyncCheckpointHandler):
 
         async def write() -> None:
             for name, text in texts.items():
-                write_text(Path(directory) / name, text)
+                write_text(any_path(directory) / name, text)
 
         return [CommitFutureAwaitingContractedSignals(write(), name="records")]
 
@@ -64,7 +64,7 @@ class RecordsHandler(ocp.AsyncCheckpointHandler):
         raise NotImplementedError("records are saved by an AsyncCheckpointer.")
 
     def restore(self, directory: Path, args: Records) -> dict[str, Any]:
-        return read_shards(Path(directory))
+        return read_shards(any_path(directory))
 
 
 @ocp.args.register_with_handler(RecordsHandler, for_save=True, for_restore=True)

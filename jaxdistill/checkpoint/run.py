@@ -14,7 +14,6 @@ import dataclasses
 import logging
 import math
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from jax.experimental import multihost_utils
 from jaxdistill.checkpoint import arrays, records
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.retention import Retention, ranked
-from jaxdistill.formats.paths import AnyPath, any_path
+from jaxdistill.formats.paths import AnyPath, any_path, is_in_place, is_remote, remove_tree
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +53,11 @@ class RunCheckpoints:
 
     def __init__(self, directory: AnyPath, *, retention: Retention = Retention()):
         self._directory = any_path(directory).absolute()
+        if is_remote(self._directory) and not is_in_place(self._directory):
+            raise CheckpointError(
+                f"{directory} cannot hold the checkpoints of a run: they are written to disks, gs:// and s3://. Choose "
+                "another directory for the run."
+            )
         self._retention = retention
         self._pending: int | None = None
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -96,7 +100,7 @@ class RunCheckpoints:
         self._pending = step
         try:
             self._checkpointer.save(
-                target,
+                str(target),
                 args=ocp.args.Composite(
                     arrays=arrays.save_args(named), records=records.Records(info=document, shards=data_state)
                 ),
@@ -166,7 +170,7 @@ class RunCheckpoints:
         shards = records.read_shards(saved.path / "records")
         try:
             restored = self._checkpointer.restore(
-                saved.path, args=ocp.args.Composite(arrays=arrays.restore_args(named))
+                str(saved.path), args=ocp.args.Composite(arrays=arrays.restore_args(named))
             )
         except Exception as error:
             raise CheckpointError(
@@ -181,7 +185,7 @@ class RunCheckpoints:
         """Whole checkpoints that this class saved, by step, oldest revision first."""
         found: dict[int, list[_Saved]] = {}
         for path in self._directory.iterdir():
-            if (match := _NAME.fullmatch(path.name)) is None or not (path / "_CHECKPOINT_METADATA").exists():
+            if (match := _NAME.fullmatch(path.name)) is None or not _is_whole(path):
                 continue
             try:
                 info = records.read_info(path / "records")
@@ -237,6 +241,11 @@ class RunCheckpoints:
         )
 
 
+def _is_whole(path: Path) -> bool:
+    """Where directories are not renamed, Orbax writes a file of its own when everything else is there."""
+    return (path / ("commit_success.txt" if is_remote(path) else "_CHECKPOINT_METADATA")).exists()
+
+
 def _delete(path: Path) -> None:
     """Remove a checkpoint that the run saved; not when somebody put other files into it."""
     if foreign := {p.name for p in path.iterdir()} - _CONTENT:
@@ -244,4 +253,4 @@ def _delete(path: Path) -> None:
         return
     # The info goes first: what an interruption leaves behind is then not taken for a whole checkpoint.
     (path / "records" / records.INFO_FILE).unlink()
-    shutil.rmtree(path)
+    remove_tree(path)

@@ -47,18 +47,34 @@ def is_remote(path: Path) -> bool:
     return isinstance(path, UPath)
 
 
+def is_in_place(path: Path) -> bool:
+    """Whether TensorStore, and so Orbax, writes and reads arrays in this object store itself."""
+    return str(path).startswith(("gs://", "s3://"))
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory and what it holds, if it is there."""
+    if is_remote(path):
+        store, name = store_of(path)
+        if store.exists(name):
+            store.rm(name, recursive=True)
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def state_of(file: Path) -> str:
+    """What changes when a file's content does."""
+    if is_remote(file):
+        store, name = store_of(file)
+        return str(store.ukey(name))
+    found = file.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 def store_of(path: Path) -> tuple[Any, str]:
     """The file system of a remote path, and what it calls the path."""
     remote: Any = path
     return remote.fs, remote.path
-
-
-def local_path(path: AnyPath) -> Path:
-    """The local path that `path` names, for what only disks can do. Raises ValueError for others."""
-    found = any_path(path)
-    if is_remote(found):
-        raise ValueError(f"{found} is a remote path; allowed here are local or mounted ones. Copy or mount it first.")
-    return found
 
 
 def fetched(path: AnyPath) -> Path:
@@ -74,14 +90,18 @@ def fetched(path: AnyPath) -> Path:
     if not files:
         raise FileNotFoundError(f"{found}: there is no such file or directory. Give the path of an existing one.")
     store = store_of(found)[0]
-    state = json.dumps([[str(file), str(store.ukey(store_of(file)[1]))] for file in files])
+    state = json.dumps([str(found), [[str(file), state_of(file)] for file in files]])
     copy = cache_directory() / "fetched" / hashlib.sha256(state.encode()).hexdigest()[:32] / found.name
     if not copy.exists():
-        with atomic_directory(copy.parent) as folder:
-            for file in files:
-                target = folder / found.name / file.relative_to(found) if file != found else folder / found.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                store.get_file(store_of(file)[1], str(target))
+        try:
+            with atomic_directory(copy.parent) as folder:
+                for file in files:
+                    target = folder / (found.name + str(file).removeprefix(str(found)))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    store.get_file(store_of(file)[1], str(target))
+        except FileExistsError:
+            if not copy.exists():  # by another process, meanwhile
+                raise
     return copy
 
 
@@ -249,14 +269,12 @@ def _upload_tree(folder: Path, destination: Path, *, replace: bool) -> None:
         for file in sorted(files, key=lambda file: -file.stat().st_size):
             _upload(file, place / file.relative_to(folder).as_posix())
     except BaseException as error:
-        if place.exists():
-            store.rm(name, recursive=True)
+        remove_tree(place)
         if isinstance(error, OSError):
             error.add_note(f"{destination} was not written: it is as it was before, and no part of it is left.")
         raise
     if replace:
-        if destination.exists():
-            store.rm(store_of(destination)[1], recursive=True)
+        remove_tree(destination)
         store.mv(name, store_of(destination)[1], recursive=True)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxdistill.checkpoint.model import is_model
 from jaxdistill.checkpoint.open import open_config, open_model
 from jaxdistill.checkpoint.parts import SavedInParts, save_parts
-from jaxdistill.formats.paths import any_path
+from jaxdistill.formats.paths import any_path, state_of
 from jaxdistill.jobs.inspect import describe_path
 from jaxdistill.jobs.stage import counted_bytes, stage, whole_machine
 from jaxdistill.models.export import check_exportable, write_hf_parts
@@ -80,10 +80,5 @@ def _state_of(source: str) -> str:
     """A path, and what would change with its files."""
     path = any_path(source).absolute()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [(str(file.relative_to(path)), *_stamp(file)) for file in files if file.is_file()]
+    found = [(str(file.relative_to(path)), state_of(file)) for file in files if file.is_file()]
     return f"{path} {found}"
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns

@@ -166,7 +166,7 @@ def _times(file: Path | None) -> dict[str, float]:
 def _models(directory: Path, config: Mapping[str, Any]) -> Iterator[ModelFacts]:
     """The teacher that the configuration names and the student that the run wrote, if they are still there."""
     teacher = (config.get("teacher") or {}).get("path")
-    places = {"teacher": [Path(teacher)] if teacher else [], "student": [directory / "student"]}
+    places = {"teacher": [any_path(teacher)] if teacher else [], "student": [directory / "student"]}
     places["student"].append(directory / "train" / "student")
     for name, candidates in places.items():
         for place in (candidate for candidate in candidates if candidate.exists()):

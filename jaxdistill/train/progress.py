@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill.formats.paths import write_text
+from jaxdistill.formats.paths import is_remote, write_text
 from jaxdistill.types import Mean
 
 
@@ -71,10 +71,10 @@ class MetricsFile:
     def __init__(self, path: Path, *, from_step: int):
         if path.exists() and from_step == 0:
             path.unlink()  # nothing of it was saved
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= from_step]
-            write_text(path, "".join(kept))
-        self._file = path.open("a")
+        kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in kept if _step_of(line) <= from_step]
+        write_text(path, "".join(kept))
+        self._file = RemoteLines(path, kept) if is_remote(path) else path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(finite(record)) + "\n")
@@ -82,6 +82,27 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+class RemoteLines:
+    """A text file in an object store that grows: written anew, seldom, since nothing can be appended there."""
+
+    EVERY_SECONDS = 30.0
+
+    def __init__(self, path: Path, lines: list[str]):
+        self._path, self._lines, self._written, self._at = path, lines, len(lines), time.monotonic()
+
+    def write(self, line: str) -> None:
+        self._lines.append(line)
+
+    def flush(self) -> None:
+        if time.monotonic() - self._at > self.EVERY_SECONDS:
+            self.close()
+
+    def close(self) -> None:
+        if self._written < len(self._lines):
+            write_text(self._path, "".join(self._lines))
+            self._written, self._at = len(self._lines), time.monotonic()
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,211 @@
+"""Everything that takes a path takes one of an object store: here fsspec's in memory."""
+
+import json
+
+import fsspec
+import numpy as np
+import pytest
+from tiny import TINY_MODELS
+from tiny_tokenizers import byte_level_json
+
+from jaxdistill.checkpoint.model import CheckpointError
+from jaxdistill.checkpoint.open import open_config, open_model
+from jaxdistill.checkpoint.run import RunCheckpoints
+from jaxdistill.data.paths import open_path
+from jaxdistill.formats import paths
+from jaxdistill.formats.paths import any_path, atomic_directory, atomic_file, fetched, resumable_directory, write_text
+from jaxdistill.formats.safetensors import open_safetensors
+from jaxdistill.jobs.convert import convert_model
+from jaxdistill.jobs.inspect import describe_path
+from jaxdistill.models.load import model_config, read_model
+from jaxdistill.prune.plan import PrunePlan, whole_plan
+from jaxdistill.tokenizers import load_tokenizer
+from jaxdistill.train.progress import MetricsFile
+
+ROOT = "memory://bucket"
+
+
+@pytest.fixture(autouse=True)
+def empty_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXDISTILL_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+    return store
+
+
+def put(source, destination: str) -> str:
+    fsspec.filesystem("memory").put(str(source), destination.removeprefix("memory:/"), recursive=True)
+    return destination
+
+
+def names(directory: str) -> list[str]:
+    place = any_path(directory)
+    return sorted(str(file.relative_to(place)) for file in place.rglob("*") if file.is_file())
+
+
+def test_files_appear_whole_or_not_at_all():
+    write_text(f"{ROOT}/a/b.txt", "old")
+
+    def interrupted():
+        with atomic_file(f"{ROOT}/a/b.txt") as file:
+            file.write(b"new, and")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert any_path(f"{ROOT}/a/b.txt").read_text() == "old"
+    assert names(ROOT) == ["a/b.txt"]
+    write_text(f"{ROOT}/a/b.txt", "new")
+    assert any_path(f"{ROOT}/a/b.txt").read_text() == "new"
+
+
+def test_directories_appear_whole_or_not_at_all(monkeypatch):
+    def interrupted():
+        with atomic_directory(f"{ROOT}/model") as folder:
+            (folder / "x").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert names(ROOT) == []
+    uploaded = []
+    upload = paths._upload
+    monkeypatch.setattr(paths, "_upload", lambda file, to: (uploaded.append(file.name), upload(file, to)))
+    with atomic_directory(f"{ROOT}/model") as folder:
+        (folder / "arrays").mkdir()
+        (folder / "arrays" / "weights").write_bytes(bytes(1000))
+        (folder / "config.json").write_text("{}")
+    assert names(f"{ROOT}/model") == ["arrays/weights", "config.json"]
+    # What says that it is a model comes last.
+    assert uploaded == ["weights", "config.json"]
+    with pytest.raises(FileExistsError, match="not empty"), atomic_directory(f"{ROOT}/model"):
+        pass
+    with atomic_directory(f"{ROOT}/model", replace=True) as folder:
+        (folder / "other").write_text("other")
+    assert names(ROOT) == ["model/other"]
+
+
+def test_an_upload_that_fails_leaves_nothing(monkeypatch):
+    upload = paths._upload
+
+    def fails(file, to):
+        if file.name == "second":
+            raise OSError("the connection was lost")
+        upload(file, to)
+
+    def write(name: str, *, replace: bool):
+        with atomic_directory(f"{ROOT}/{name}", replace=replace) as folder:
+            (folder / "first").write_bytes(bytes(9))
+            (folder / "second").write_bytes(bytes(1))
+
+    write_text(f"{ROOT}/kept/file", "kept")
+    monkeypatch.setattr(paths, "_upload", fails)
+    for name, replace in (("new", False), ("kept", True)):
+        with pytest.raises(OSError, match="connection") as raised:
+            write(name, replace=replace)
+        assert "no part of it is left" in raised.value.__notes__[0]
+        assert names(ROOT) == ["kept/file"]
+
+
+def test_interrupted_work_goes_on():
+    def work(file: str, *, fails: bool) -> bool:
+        with resumable_directory(f"{ROOT}/long", "state 1") as (folder, done):
+            resumed = "first" in done
+            (folder / file).write_text("x")
+            done.add("first")
+            if fails:
+                raise RuntimeError
+        return resumed
+
+    with pytest.raises(RuntimeError):
+        work("one", fails=True)
+    assert names(ROOT) == []
+    assert work("two", fails=False)
+    assert names(ROOT) == ["long/one", "long/two"]
+
+
+def test_a_copy_is_made_once_for_each_state(empty_store):
+    write_text(f"{ROOT}/data/a.txt", "one")
+    first = fetched(f"{ROOT}/data")
+    assert (first / "a.txt").read_text() == "one"
+    assert fetched(f"{ROOT}/data") == first
+    write_text(f"{ROOT}/data/a.txt", "two")
+    assert (fetched(f"{ROOT}/data") / "a.txt").read_text() == "two"
+    assert fetched(f"{ROOT}/data/a.txt").read_text() == "two"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        fetched(f"{ROOT}/nothing")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe"])
+def test_models_are_read_and_converted_both_ways(name):
+    source = put(TINY_MODELS / name, f"{ROOT}/hf")
+    write_text(f"{source}/tokenizer.json", byte_level_json())
+    assert model_config(source) == model_config(TINY_MODELS / name)
+    expected, given = read_model(TINY_MODELS / name)[1], read_model(source)[1]
+    np.testing.assert_array_equal(given["embedding"]["kernel"], expected["embedding"]["kernel"])
+    ours, again = f"{ROOT}/ours", f"{ROOT}/again"
+    convert_model(source, ours, to="jaxdistill", dtype="float32")
+    assert open_config(ours) == open_config(source)
+    convert_model(ours, again, to="hf", dtype="float32")
+    local, remote = open_safetensors(TINY_MODELS / name), open_safetensors(again)
+    assert sorted(local.names()) == sorted(remote.names())
+    for tensor in local.names():
+        np.testing.assert_array_equal(local.read(tensor), remote.read(tensor))
+    model = open_model(ours)
+    np.testing.assert_array_equal(model.params["embedding"]["kernel"], expected["embedding"]["kernel"])
+    assert "parameters" in describe_path(ours)
+    with pytest.raises(FileExistsError, match="not empty"):
+        convert_model(source, ours, to="jaxdistill", dtype="float32")
+
+
+def test_only_the_rows_that_are_asked_for_are_fetched(monkeypatch):
+    source = open_safetensors(put(TINY_MODELS / "qwen3" / "model.safetensors", f"{ROOT}/model.safetensors"))
+    name = max(source.names(), key=lambda name: source.info(name).nbytes)
+    whole, asked = source.read(name), []
+    store = type(fsspec.filesystem("memory"))
+    fetch = store.cat_file
+
+    def counted(self, path, start=None, end=None, **options):
+        asked.append(end - start)
+        return fetch(self, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(store, "cat_file", counted)
+    found = source.read_slice(name, (slice(3, 9, 2), slice(1, 4)))
+    np.testing.assert_array_equal(found, whole[3:9:2, 1:4])
+    assert asked == [6 * whole[0].nbytes]
+
+
+def test_data_plans_and_metrics():
+    write_text(f"{ROOT}/text/a.jsonl", "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(3)))
+    write_text(f"{ROOT}/text/b.jsonl", json.dumps({"text": "last"}) + "\n")
+    for path in (f"{ROOT}/text", f"{ROOT}/text/a.jsonl"):
+        assert open_path(path)[2]["text"] == "text 2"
+    metrics = MetricsFile(any_path(f"{ROOT}/run/metrics.jsonl"), from_step=0)
+    metrics.write({"step": 1})
+    metrics.write({"step": 2})
+    metrics.close()
+    metrics = MetricsFile(any_path(f"{ROOT}/run/metrics.jsonl"), from_step=1)
+    metrics.write({"step": 2, "again": True})
+    metrics.close()
+    assert any_path(f"{ROOT}/run/metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2, "again": true}\n'
+    config = model_config(TINY_MODELS / "qwen3")
+    plan = whole_plan(config)
+    plan.save(f"{ROOT}/plan.json")
+    assert PrunePlan.load(f"{ROOT}/plan.json") == plan
+
+
+def test_what_cannot_be_reached_is_told():
+    with pytest.raises(ValueError, match="gcsfs"):
+        any_path("gs://bucket/x")
+    with pytest.raises(ValueError, match="nonsense://bucket cannot be reached"):
+        any_path("nonsense://bucket")
+    with pytest.raises(CheckpointError, match="disks, gs:// and s3://"):
+        RunCheckpoints(f"{ROOT}/run/checkpoints")
+    assert any_path("file:///tmp/x") == any_path("/tmp/x")
+
+
+def test_a_tokenizer_is_read(tmp_path):
+    for place in (tmp_path, f"{ROOT}/tokenizer"):
+        write_text(f"{place}/tokenizer.json", byte_level_json())
+    assert load_tokenizer(f"{ROOT}/tokenizer").vocab_size == load_tokenizer(tmp_path / "tokenizer.json").vocab_size
