@@ -144,7 +144,7 @@ class RunCheckpoints:
         whole = {saved.path.name for revisions in self._all_saved().values() for saved in revisions}
         return sorted(
             path
-            for path in self._directory.iterdir()
+            for path in self._entries()
             if re.match(r"step_\d{8}", path.name) and path.name not in whole and path.is_dir()
         )
 
@@ -181,10 +181,14 @@ class RunCheckpoints:
         state = jax.tree.unflatten(jax.tree.structure(expected), [leaves[name] for name in named])
         return state, shards, saved.info["info"]
 
+    def _entries(self) -> list[Path]:
+        """What is in the directory; in an object store an empty one does not exist."""
+        return list(self._directory.iterdir()) if self._directory.is_dir() else []
+
     def _all_saved(self) -> dict[int, list[_Saved]]:
         """Whole checkpoints that this class saved, by step, oldest revision first."""
         found: dict[int, list[_Saved]] = {}
-        for path in self._directory.iterdir():
+        for path in self._entries():
             if (match := _NAME.fullmatch(path.name)) is None or not _is_whole(path):
                 continue
             try:
@@ -218,7 +222,7 @@ class RunCheckpoints:
         plain = f"step_{step:08d}"
         taken = [
             int(match[2] or 0)
-            for path in self._directory.iterdir()
+            for path in self._entries()
             if (match := _NAME.fullmatch(path.name)) and int(match[1]) == step
         ]
         revision = max(taken, default=-1) + 1
