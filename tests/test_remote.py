@@ -1,5 +1,6 @@
 """Everything that takes a path takes one of an object store: here fsspec's in memory."""
 
+import importlib.util
 import json
 
 import fsspec
@@ -196,8 +197,9 @@ def test_data_plans_and_metrics():
 
 
 def test_what_cannot_be_reached_is_told():
-    with pytest.raises(ValueError, match="gcsfs"):
-        any_path("gs://bucket/x")
+    if importlib.util.find_spec("gcsfs") is None:
+        with pytest.raises(ValueError, match="gcsfs"):
+            any_path("gs://bucket/x")
     with pytest.raises(ValueError, match="nonsense://bucket cannot be reached"):
         any_path("nonsense://bucket")
     with pytest.raises(CheckpointError, match="disks, gs:// and s3://"):

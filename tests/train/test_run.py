@@ -14,6 +14,7 @@ import pytest
 from tiny import llama
 from train_cases import LENGTH, STEPS, TEACHER, checkpoints, held_out_of, metrics, poisoned, run, saved, steps_of
 
+from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.model import is_model, save_model
 from jaxdistill.checkpoint.open import open_model
 from jaxdistill.checkpoint.retention import Retention
@@ -269,10 +270,17 @@ def test_a_run_without_a_directory_is_refused(files):
         run(dataclasses.replace(files.config(files.root), out=""))
 
 
-def test_a_remote_directory_is_refused_and_nothing_is_written(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        ("nonsense://bucket/run", ValueError, "nonsense://bucket/run cannot be reached"),
+        ("memory://bucket/run", CheckpointError, "checkpoints of a run: they are written to disks, gs:// and s3://"),
+    ],
+)
+def test_directories_where_no_run_can_be_are_refused(files, tmp_path, monkeypatch, out, error, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="gs://bucket/run is a remote path; allowed are local or mounted ones"):
-        run(dataclasses.replace(files.config(files.root), out="gs://bucket/run"))
+    with pytest.raises(error, match=message):
+        run(dataclasses.replace(files.config(files.root), out=out))
     assert list(tmp_path.iterdir()) == []
 
 
