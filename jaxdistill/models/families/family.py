@@ -88,10 +88,10 @@ class Family:
     """
 
     hf_architecture: str
-    gguf_architecture: str | None
+    gguf_architecture: str | None = None
     from_hf: Callable[[Mapping[str, Any]], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
-    from_gguf: Callable[[Mapping[str, Any], Collection[str]], ModelConfig] | None
+    from_gguf: Callable[[Mapping[str, Any], Collection[str]], ModelConfig] | None = None
     tensors: Mapping[str, TensorNames]
     dense: Mapping[str, TensorNames] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()

@@ -41,10 +41,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 MISTRAL = Family(
     hf_architecture="MistralForCausalLM",
-    gguf_architecture=None,
     from_hf=from_hf,
     to_hf=to_hf,
-    from_gguf=None,
     tensors={**TABLES, **ATTENTION, **GATED, **PRE_NORMS},
     ignored=IGNORED,
 )

@@ -74,10 +74,8 @@ def experts(router: str, names: Mapping[str, str]) -> dict[str, TensorNames]:
 
 MIXTRAL = Family(
     hf_architecture="MixtralForCausalLM",
-    gguf_architecture=None,
     from_hf=from_hf,
     to_hf=to_hf,
-    from_gguf=None,
     tensors={
         **TABLES,
         **ATTENTION,

@@ -58,10 +58,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 NEMOTRON = Family(
     hf_architecture="NemotronForCausalLM",
-    gguf_architecture=None,
     from_hf=from_hf,
     to_hf=to_hf,
-    from_gguf=None,
     tensors={
         **TABLES,
         **ATTENTION,

@@ -49,10 +49,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 OLMO2 = Family(
     hf_architecture="Olmo2ForCausalLM",
-    gguf_architecture=None,
     from_hf=from_hf,
     to_hf=to_hf,
-    from_gguf=None,
     tensors={
         **TABLES,
         **ATTENTION,

@@ -61,10 +61,8 @@ def _fused(names: tuple[str, ...], hf: str) -> dict[str, TensorNames]:
 
 PHI3 = Family(
     hf_architecture="Phi3ForCausalLM",
-    gguf_architecture=None,
     from_hf=from_hf,
     to_hf=to_hf,
-    from_gguf=None,
     tensors={
         **TABLES,
         **ATTENTION,

@@ -77,10 +77,8 @@ def to_hf(family: Name, config: ModelConfig) -> dict[str, Any]:
 def _family(name: Name, architecture: str, tensors: dict[str, Any]) -> Family:
     return Family(
         hf_architecture=architecture,
-        gguf_architecture=None,
         from_hf=functools.partial(from_hf, name),
         to_hf=functools.partial(to_hf, name),
-        from_gguf=None,
         tensors=tensors,
         ignored=IGNORED,
     )

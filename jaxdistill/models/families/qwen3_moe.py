@@ -76,10 +76,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 NAMES = {ours: f"mlp.experts.@.{ours}_proj" for ours in ("gate", "up", "down")}
 QWEN3_MOE = Family(
     hf_architecture="Qwen3MoeForCausalLM",
-    gguf_architecture=None,
     from_hf=from_hf,
     to_hf=to_hf,
-    from_gguf=None,
     tensors={**TABLES, **ATTENTION, **PRE_NORMS, **HEAD_NORMS, **experts("mlp.gate", NAMES)},
     dense=GATED,
     ignored=IGNORED,

@@ -71,10 +71,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 SMOLLM3 = Family(
     hf_architecture="SmolLM3ForCausalLM",
-    gguf_architecture=None,
     from_hf=from_hf,
     to_hf=to_hf,
-    from_gguf=None,
     tensors={**TABLES, **ATTENTION, **GATED, **PRE_NORMS},
     ignored=IGNORED,
 )
