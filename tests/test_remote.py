@@ -4,13 +4,16 @@ import importlib.util
 import json
 
 import fsspec
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TINY_MODELS
+from tiny import TINY_MODELS, llama
 from tiny_tokenizers import byte_level_json
 
-from jaxdistill.checkpoint.model import CheckpointError
+from jaxdistill.checkpoint.model import CheckpointError, save_model
 from jaxdistill.checkpoint.open import open_config, open_model
+from jaxdistill.checkpoint.retention import Retention
 from jaxdistill.checkpoint.run import RunCheckpoints
 from jaxdistill.data.paths import open_path
 from jaxdistill.formats import paths
@@ -19,6 +22,7 @@ from jaxdistill.formats.safetensors import open_safetensors
 from jaxdistill.jobs.convert import convert_model
 from jaxdistill.jobs.inspect import describe_path
 from jaxdistill.models.load import model_config, read_model
+from jaxdistill.models.schema import init_params
 from jaxdistill.prune.plan import PrunePlan, whole_plan
 from jaxdistill.tokenizers import load_tokenizer
 from jaxdistill.train.progress import MetricsFile
@@ -202,8 +206,6 @@ def test_what_cannot_be_reached_is_told():
             any_path("gs://bucket/x")
     with pytest.raises(ValueError, match="nonsense://bucket cannot be reached"):
         any_path("nonsense://bucket")
-    with pytest.raises(CheckpointError, match="disks, gs:// and s3://"):
-        RunCheckpoints(f"{ROOT}/run/checkpoints")
     assert any_path("file:///tmp/x") == any_path("/tmp/x")
 
 
@@ -211,3 +213,47 @@ def test_a_tokenizer_is_read(tmp_path):
     for place in (tmp_path, f"{ROOT}/tokenizer"):
         write_text(f"{place}/tokenizer.json", byte_level_json())
     assert load_tokenizer(f"{ROOT}/tokenizer").vocab_size == load_tokenizer(tmp_path / "tokenizer.json").vocab_size
+
+
+def weights(value: float = 0.0):
+    return {"weights": jnp.arange(4.0) + value}
+
+
+def test_checkpoints_of_a_run_are_uploaded_whole_or_not_at_all(tmp_path, monkeypatch):
+    checkpoints = RunCheckpoints(f"{ROOT}/run", retention=Retention(last=2, best=0))
+    for step in (1, 2, 3):
+        checkpoints.save(step, weights(step), {"0": step}, {})
+    checkpoints.wait()
+    upload = paths._upload
+
+    def fails(file, to):
+        if file.name == "info.json":
+            raise OSError("the connection was lost")
+        upload(file, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "_upload", fails)
+        checkpoints.save(4, weights(4), {"0": 4}, {})
+        with pytest.raises(CheckpointError, match=r"step 4 .*connection was lost.* steps \[2, 3\]"):
+            checkpoints.wait()
+    assert {file.split("/")[0] for file in names(f"{ROOT}/run")} == {"step_00000002", "step_00000003"}
+    checkpoints.save(4, weights(4), {"0": 4}, {"is": "info"})
+    checkpoints.close()
+    again = RunCheckpoints(f"{ROOT}/run")
+    assert (again.steps(), again.torn()) == ([3, 4], [])
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights())
+    state, data, info = again.restore(4, expected)
+    np.testing.assert_array_equal(state["weights"], weights(4)["weights"])
+    assert (data, info) == ({"0": 4}, {"is": "info"})
+    again.close()
+    # Neither what was uploaded nor what was read stays on the disk.
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_several_processes_write_where_all_can(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(CheckpointError, match="Allowed are disks that all of them share, and gs://"):
+        RunCheckpoints(f"{ROOT}/run")
+    with pytest.raises(CheckpointError, match="Allowed are disks that all of them share, and gs://"):
+        save_model(f"{ROOT}/model", llama(), init_params(llama(), jax.random.key(0)))
+    assert names(ROOT) == []

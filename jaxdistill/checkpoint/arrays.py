@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 
 CHUNK_BYTES = 1 << 28
 
+WHERE_SEVERAL_WRITE = "Allowed are disks that all of them share, and gs://."
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read, with what is left intact and what to do."""

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jaxdistill.checkpoint import arrays
 from jaxdistill.checkpoint.arrays import CheckpointError, LeafSpec
 from jaxdistill.checkpoint.documents import from_dict, to_dict
-from jaxdistill.formats.paths import AnyPath, any_path, atomic_directory, fetched, is_in_place, is_remote, write_text
+from jaxdistill.formats.paths import AnyPath, any_path, atomic_directory, fetched, is_remote, needs_a_copy, write_text
 from jaxdistill.models.schema import abstract_params, count_parameters, param_shardings, segment_of
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import LayerSpec, ModelConfig
@@ -106,6 +106,8 @@ def _place_to_write(target: Path) -> Iterator[Path]:
     """Where all processes write what becomes `target`: one local directory that they share. What several write to an
     object store is there at once, and a model from when its description, the last file, is there."""
     if is_remote(target) and jax.process_count() > 1:
+        if needs_a_copy(target):
+            raise CheckpointError(f"several processes cannot write a model to {target}. {arrays.WHERE_SEVERAL_WRITE}")
         yield target
         return
     with contextlib.ExitStack() as stack:
@@ -150,8 +152,8 @@ def load_model_checkpoint(
 
 
 def readable_arrays(directory: Path) -> Path:
-    """Where a model's arrays are read: in place where TensorStore can, else from a local copy."""
-    if is_remote(directory) and not is_in_place(directory):
+    """Where a model's arrays are read: in place where Orbax can, else from a local copy."""
+    if needs_a_copy(directory):
         directory = fetched(directory)
     return directory.absolute() / "arrays"
 

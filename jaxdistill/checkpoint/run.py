@@ -5,7 +5,9 @@
                                  /records/data-00000-of-00002.json   data state of the shards that a process owned
 
 A directory is written under a temporary name and renamed when everything is written, so a name `step_*` is a whole
-checkpoint. A step that is saved again gets a new name (`step_00000100_r1`); the older one goes only afterwards.
+checkpoint. A step that is saved again gets a new name (`step_00000100_r1`); the older one goes only afterwards. In an
+object store nothing is renamed, and `commit_success.txt` is written last; where Orbax does not write itself, a
+directory is made on a local disk and uploaded in the background.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import logging
 import math
 import re
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,25 @@ from jax.experimental import multihost_utils
 from jaxdistill.checkpoint import arrays, records
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.retention import Retention, ranked
-from jaxdistill.formats.paths import AnyPath, any_path, is_in_place, is_remote, remove_tree
+from jaxdistill.formats.paths import (
+    AnyPath,
+    any_path,
+    copied_for_orbax,
+    is_remote,
+    needs_a_copy,
+    remove_tree,
+    staging_of,
+    upload_tree,
+    write_text,
+)
 
 _log = logging.getLogger(__name__)
 
 FORMAT = "jaxdistill run checkpoint"
 VERSION = 1
 _NAME = re.compile(r"step_(\d{8,})(?:_r(\d+))?")
-_CONTENT = {"arrays", "records", "_CHECKPOINT_METADATA", "commit_success.txt"}
+_COMMITTED = "commit_success.txt"
+_CONTENT = {"arrays", "records", "_CHECKPOINT_METADATA", _COMMITTED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +67,14 @@ class RunCheckpoints:
 
     def __init__(self, directory: AnyPath, *, retention: Retention = Retention()):
         self._directory = any_path(directory).absolute()
-        if is_remote(self._directory) and not is_in_place(self._directory):
+        if needs_a_copy(self._directory) and jax.process_count() > 1:
             raise CheckpointError(
-                f"{directory} cannot hold the checkpoints of a run: they are written to disks, gs:// and s3://. Choose "
-                "another directory for the run."
+                f"several processes cannot write checkpoints to {directory}. {arrays.WHERE_SEVERAL_WRITE}"
             )
         self._retention = retention
         self._pending: int | None = None
+        self._uploads = ThreadPoolExecutor(1)
+        self._upload: Future[None] | None = None
         self._directory.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(arrays=arrays.handler(), records=records.RecordsHandler())
@@ -97,21 +112,37 @@ class RunCheckpoints:
         }
         self.wait()
         target = self._directory / self._new_name(step)
+        staging = staging_of(self._directory) if needs_a_copy(self._directory) else None
+        if staging is not None:
+            remove_tree(staging)  # of an interrupted run
+        place = (staging or self._directory) / target.name
         self._pending = step
         try:
             self._checkpointer.save(
-                str(target),
+                str(place),
                 args=ocp.args.Composite(
                     arrays=arrays.save_args(named), records=records.Records(info=document, shards=data_state)
                 ),
             )
         except Exception as error:
             raise self._failed(error) from error
+        if staging is not None:
+            self._upload = self._uploads.submit(self._send, place, target)
+
+    def _send(self, made: Path, target: Path) -> None:
+        self._checkpointer.wait_until_finished()
+        upload_tree(made, target)
+        write_text(target / _COMMITTED, "")
+        remove_tree(made)
 
     def wait(self) -> None:
         """Block until the last save is whole on disk, then apply the retention. Raises CheckpointError if it failed."""
+        upload, self._upload = self._upload, None
         try:
-            self._checkpointer.wait_until_finished()
+            if upload is None:
+                self._checkpointer.wait_until_finished()
+            else:
+                upload.result()
         except Exception as error:
             raise self._failed(error) from error
         if self._pending is not None:
@@ -124,6 +155,7 @@ class RunCheckpoints:
         try:
             self.wait()
         finally:
+            self._uploads.shutdown()
             self._checkpointer.close()
 
     def steps(self) -> list[int]:
@@ -169,9 +201,9 @@ class RunCheckpoints:
         arrays.check_leaves(specs, named, f"the checkpoint {saved.path}")
         shards = records.read_shards(saved.path / "records")
         try:
-            restored = self._checkpointer.restore(
-                str(saved.path), args=ocp.args.Composite(arrays=arrays.restore_args(named))
-            )
+            with copied_for_orbax(saved.path) as path:
+                args = ocp.args.Composite(arrays=arrays.restore_args(named))
+                restored = self._checkpointer.restore(str(path), args=args)
         except Exception as error:
             raise CheckpointError(
                 f"the arrays of {saved.path} cannot be read ({arrays.short(error)}); resume from another checkpoint "
@@ -247,7 +279,7 @@ class RunCheckpoints:
 
 def _is_whole(path: Path) -> bool:
     """Where directories are not renamed, Orbax writes a file of its own when everything else is there."""
-    return (path / ("commit_success.txt" if is_remote(path) else "_CHECKPOINT_METADATA")).exists()
+    return (path / (_COMMITTED if is_remote(path) else "_CHECKPOINT_METADATA")).exists()
 
 
 def _delete(path: Path) -> None:

@@ -47,9 +47,9 @@ def is_remote(path: Path) -> bool:
     return isinstance(path, UPath)
 
 
-def is_in_place(path: Path) -> bool:
-    """Whether TensorStore, and so Orbax, writes and reads arrays in this object store itself."""
-    return str(path).startswith(("gs://", "s3://"))
+def needs_a_copy(path: Path) -> bool:
+    """Whether Orbax cannot write and read arrays there itself: of object stores it knows gs:// alone."""
+    return is_remote(path) and not str(path).startswith("gs://")
 
 
 def remove_tree(path: Path) -> None:
@@ -86,29 +86,56 @@ def fetched(path: AnyPath) -> Path:
     found = any_path(path)
     if not is_remote(found):
         return found
-    files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
-    if not files:
-        raise FileNotFoundError(f"{found}: there is no such file or directory. Give the path of an existing one.")
-    store = store_of(found)[0]
+    files = _files_of(found)
     state = json.dumps([str(found), [[str(file), state_of(file)] for file in files]])
     copy = cache_directory() / "fetched" / hashlib.sha256(state.encode()).hexdigest()[:32] / found.name
     if not copy.exists():
         try:
             with atomic_directory(copy.parent) as folder:
-                for file in files:
-                    target = folder / (found.name + str(file).removeprefix(str(found)))
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    store.get_file(store_of(file)[1], str(target))
+                _download(found, files, folder / found.name)
         except FileExistsError:
             if not copy.exists():  # by another process, meanwhile
                 raise
     return copy
 
 
+@contextlib.contextmanager
+def copied_for_orbax(path: Path) -> Iterator[Path]:
+    """A directory that Orbax can read: itself, or a local copy that is there until the block ends."""
+    if not needs_a_copy(path):
+        yield path
+        return
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_directory()) as folder:
+        copy = Path(folder) / path.name
+        _download(path, _files_of(path), copy)
+        yield copy
+
+
+def _files_of(found: Path) -> list[Path]:
+    files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{found}: there is no such file or directory. Give the path of an existing one.")
+    return files
+
+
+def _download(found: Path, files: Iterable[Path], copy: Path) -> None:
+    for file in files:
+        target = Path(str(copy) + str(file).removeprefix(str(found)))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        store, name = store_of(file)
+        store.get_file(name, str(target))
+
+
 def cache_directory() -> Path:
     """Where assets, copies of remote files and compiled programs are kept: the environment variable
     `JAXDISTILL_CACHE`, else `~/.cache/jaxdistill`."""
     return Path(os.environ.get("JAXDISTILL_CACHE") or "~/.cache/jaxdistill").expanduser()
+
+
+def staging_of(destination: Path) -> Path:
+    """The local directory where what a remote one shall hold is made."""
+    return cache_directory() / "unfinished" / hashlib.sha256(str(destination).encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
@@ -155,7 +182,7 @@ def atomic_directory(path: AnyPath, *, replace: bool = False) -> Iterator[Path]:
     Until then it is a hidden sibling; on an error it is removed. An existing non-empty `path` is refused with
     `FileExistsError`, before and after the block, unless `replace`: then the old directory is moved aside, the new one
     takes its name, and only then is the old one deleted, so that one of the two is always complete on disk. A remote
-    one is filled in a temporary directory and uploaded in the end; see `_upload_tree`.
+    one is filled in a temporary directory and uploaded in the end; see `upload_tree`.
     """
     destination = any_path(path)
     if is_remote(destination):
@@ -163,7 +190,7 @@ def atomic_directory(path: AnyPath, *, replace: bool = False) -> Iterator[Path]:
             _refuse_existing(destination)
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
-            _upload_tree(Path(temporary), destination, replace=replace)
+            upload_tree(Path(temporary), destination, replace=replace)
         return
     if not replace:
         _refuse_existing(destination)
@@ -220,7 +247,7 @@ def resumable_directory(path: AnyPath, made_from: str) -> Iterator[tuple[Path, D
     _refuse_existing(destination)
     partial = destination.with_name(f".{destination.name}.partial")
     if is_remote(destination):
-        partial = cache_directory() / "unfinished" / hashlib.sha256(str(destination).encode()).hexdigest()[:32]
+        partial = staging_of(destination)
     partial.mkdir(parents=True, exist_ok=True)
     progress, head = partial / ".finished", json.dumps(made_from)
     with progress.open("a+", encoding="utf-8") as file:
@@ -240,7 +267,7 @@ def resumable_directory(path: AnyPath, made_from: str) -> Iterator[tuple[Path, D
         yield partial, Done(file, names[:-1])
         progress.unlink()
         if is_remote(destination):
-            _upload_tree(partial, destination, replace=False)
+            upload_tree(partial, destination)
             shutil.rmtree(partial)
             return
         _sync_tree(partial)
@@ -256,7 +283,7 @@ def _upload(file: Path, destination: Path) -> None:
     store.put_file(str(file), name)
 
 
-def _upload_tree(folder: Path, destination: Path, *, replace: bool) -> None:
+def upload_tree(folder: Path, destination: Path, *, replace: bool = False) -> None:
     """Copies a directory into an object store, the largest files first: what says that a directory is a model is small
     and comes last. On an error nothing of it stays. With `replace` all is uploaded under another name before what is
     there is deleted."""
