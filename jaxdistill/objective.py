@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdistill.choices import check_choices
 from jaxdistill.losses.aligned import ACROSS_TOKENIZERS, Ends, aligned_means, at_chunk_ends
 from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.chunked import evaluate_terms, term_coefficients, term_values
@@ -71,6 +72,7 @@ class Objective:
         return Known(coefficients | term_coefficients(self.corrected, theirs.loss_mask.sum(), step), step)
 
     def __post_init__(self):
+        check_choices(self)
         missing = sorted(n for n, t in self.terms.items() if isinstance(t, ALM) and t.needs_ends and n not in self.ends)
         if missing:
             raise ValueError(

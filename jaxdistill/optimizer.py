@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill import partition
+from jaxdistill.choices import check_choices
 from jaxdistill.types import Params, Schedule
 
 
@@ -113,6 +114,7 @@ class AdamW:
     state_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_choices(self)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"AdamW.clip_norm is {self.clip_norm}; give a positive norm, or None to leave gradients.")
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from jaxdistill.checkpoint.compatible import check_compatible
 from jaxdistill.checkpoint.open import open_config, open_model
+from jaxdistill.choices import check_choices
 from jaxdistill.formats.paths import any_path, remove_tree, write_text
 from jaxdistill.jobs.inspect import metric_lines
 from jaxdistill.models.cost import (
@@ -60,6 +61,7 @@ class Budget:
     hardware: HardwareName = "h100"
 
     def __post_init__(self):
+        check_choices(self)
         if not self.limits:
             raise ValueError("the budget limits nothing; give parameters, active_parameters, memory_mb or latency_ms.")
         wrong = {name: limit for name, limit in self.limits.items() if not limit > 0}

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxdistill.align import Chunks
+from jaxdistill.choices import check_choices
 from jaxdistill.data.packing import LongDocuments, RowKind, Statistics
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.shards import DocumentStreams, RowSettings, VirtualShard, documents_and_rows
@@ -75,6 +76,7 @@ class DataConfig:
     """Batches made ahead, in a thread."""
 
     def __post_init__(self):
+        check_choices(self)
         for name in ("length", "teacher_length", "batch_size", "open_rows", "prefetch_batches"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"DataConfig.{name} is {given}; it must be at least 1.")
@@ -82,10 +84,6 @@ class DataConfig:
             raise ValueError("DataConfig.path and DataConfig.sources are both given; give one of them.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"DataConfig.seed is {self.seed}; it must be between 0 and 2^32 - 1.")
-        if self.long_documents not in ("split", "truncate", "drop"):
-            raise ValueError(
-                f"DataConfig.long_documents is {self.long_documents!r}; use 'split', 'truncate' or 'drop'."
-            )
         if self.chunks not in ("minimal", "words"):
             raise ValueError(f"DataConfig.chunks is {self.chunks!r}; use 'minimal' or 'words'.")
         try:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from jaxdistill.assets import asset
 from jaxdistill.checkpoint.open import Model, open_model
+from jaxdistill.choices import check_choices
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.sources import Source
 from jaxdistill.evaluate import (
@@ -53,6 +54,7 @@ class EvaluateConfig:
     out: str | None
 
     def __post_init__(self):
+        check_choices(self)
         if not (self.models or self.teacher):
             raise ValueError("no model; give at least one path.")
         if self.ensemble is not None and len(self.models) < 2:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxdistill.align import Chunks
 from jaxdistill.checkpoint.open import has_model, open_model
+from jaxdistill.choices import check_choices
 from jaxdistill.data.aligned import AlignedTokenizer
 from jaxdistill.data.paths import source_at
 from jaxdistill.data.sources import CONVERSATION, Record
@@ -42,6 +43,7 @@ class AlignmentConfig:
     activations: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_choices(self)
         if (self.text is None) == (self.file is None):
             given = "neither TEXT nor --file is" if self.text is None else "both TEXT and --file are"
             raise ValueError(f"{given} given; give one of them.")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxdistill.checkpoint.model import save_model
 from jaxdistill.checkpoint.open import Model, open_config, open_model
+from jaxdistill.choices import check_choices
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.formats.paths import any_path, write_text
 from jaxdistill.jobs.inspect import describe_path
@@ -54,6 +55,7 @@ class PruneConfig:
     activations: Literal["float32", "bfloat16"]
 
     def __post_init__(self):
+        check_choices(self)
         if self.plan is None and self.target.changes_nothing and not self.sort:
             raise ValueError("nothing to prune: give a size (--layers, --mlp, --embed, …), --plan FILE, or --sort.")
         if self.plan is not None and not self.target.changes_nothing:

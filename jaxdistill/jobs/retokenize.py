@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxdistill.checkpoint.model import save_model
 from jaxdistill.checkpoint.open import open_config, open_model
+from jaxdistill.choices import check_choices
 from jaxdistill.formats.paths import any_path
 from jaxdistill.jobs.stage import stage, whole_machine
 from jaxdistill.models.export import check_exportable, write_hf
@@ -31,6 +32,9 @@ class RetokenizeConfig:
     to: Literal["jaxdistill", "hf"]
     dtype: str
     suffixes: bool
+
+    def __post_init__(self):
+        check_choices(self)
 
 
 def retokenize(config: RetokenizeConfig) -> Path:

@@ -9,13 +9,14 @@ another. Chunks are int32 ids per position and sums are segment sums: memory gro
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxdistill.choices import check_choices
 from jaxdistill.losses.terms import Term
 from jaxdistill.types import Mean, Scalar
 
@@ -95,9 +96,7 @@ class ALM:
     weight: Scalar = 1.0
 
     def __post_init__(self):
-        for name, allowed in (("divergence", get_args(Divergence)), ("denominator", get_args(Denominator))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"ALM.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
+        check_choices(self)
         if not self.temperature > 0 or not self.epsilon > 0:
             raise ValueError(
                 f"ALM.temperature is {self.temperature} and ALM.epsilon {self.epsilon}; both must be positive."

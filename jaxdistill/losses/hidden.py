@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdistill.choices import check_choices
 from jaxdistill.types import Mean, Scalar, Tap
 
 Distance = Literal["cosine", "mse", "normalized_mse", "channelwise"]
@@ -52,9 +53,7 @@ class HiddenMatch:
     def __post_init__(self):
         if self.layers is not None:
             _check_pairs(self.layers)
-        for name, allowed in (("distance", get_args(Distance)), ("point", get_args(Point))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"HiddenMatch.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
+        check_choices(self)
 
     def resolved(self, *, student_depth: int, teacher_depth: int, kept: Sequence[int] | None) -> HiddenMatch:
         """This term with pairs of indices from 0. kept: the teacher's layers that the student was made of."""

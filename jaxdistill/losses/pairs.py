@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdistill.choices import check_choices
 from jaxdistill.losses.alm import reduce_rows
 from jaxdistill.losses.scores import Scores
 from jaxdistill.losses.terms import Term, forward_kl
@@ -81,8 +82,7 @@ class ULD(PairTerm):
     temperature: Scalar = 1.0
 
     def __post_init__(self):
-        if self.pairing not in get_args(Pairing):
-            raise ValueError(f"ULD.pairing is {self.pairing!r}; allowed are {', '.join(get_args(Pairing))}.")
+        check_choices(self)
         if self.ranks is not None and self.ranks < 1:
             raise ValueError(f"ULD.ranks is {self.ranks}; give at least 1, or None for all.")
         _check_temperature("ULD", self.temperature)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.choices import check_choices
 from jaxdistill.data.pipeline import DataConfig, make_loader
 from jaxdistill.losses.chunked import default_chunk, evaluate_terms
 from jaxdistill.losses.terms import CrossEntropy
@@ -103,6 +104,9 @@ class Activations:
 
     sequence: Aggregation = "mean"
     batch: Aggregation = "l2"
+
+    def __post_init__(self):
+        check_choices(self)
 
     def __call__(self, calibration: Calibration) -> Importance:
         config, taps = calibration.config, importance_taps(calibration.config, sequence=self.sequence)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from jaxdistill import partition
 from jaxdistill.checkpoint.retention import Retention
+from jaxdistill.choices import check_choices
 from jaxdistill.data.pipeline import DataConfig
 from jaxdistill.losses.aligned import ACROSS_TOKENIZERS
 from jaxdistill.losses.alm import ALM
@@ -60,6 +61,7 @@ class TeacherConfig:
     """Where its parameters live on the mesh."""
 
     def __post_init__(self):
+        check_choices(self)
         if self.correction is not None and self.parameter_dtype != "float32":
             raise ValueError(
                 f"teacher.parameter_dtype is {self.parameter_dtype} and teacher.correction is set; a teacher that "
@@ -116,6 +118,7 @@ class StudentConfig:
         return lambda name: named(name) if name.startswith("suffixes.") else chosen(name)
 
     def __post_init__(self):
+        check_choices(self)
         sources = [n for n in ("path", "model") if getattr(self, n) is not None]
         if len(sources) > 1:
             raise ValueError("StudentConfig.path and StudentConfig.model are both given; a student starts from one.")
@@ -222,6 +225,7 @@ class TrainConfig:
     """"automatic" joins the processes of a pod or cluster through jax.distributed."""
 
     def __post_init__(self):
+        check_choices(self)
         for name in ("steps", "accumulate", "stop_after_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -229,10 +233,6 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.chunk is {self.chunk}; it must be at least 1, or None.")
         if not self.losses:
             raise ValueError("TrainConfig.losses is empty; give at least one term.")
-        if self.weighting not in get_args(Weighting):
-            raise ValueError(
-                f"TrainConfig.weighting is {self.weighting!r}; allowed are {', '.join(get_args(Weighting))}."
-            )
         taken = sorted(n for n, term in self.losses.items() if n in HELD_OUT_NAMES and isinstance(term, ALM))
         if taken:
             raise ValueError(
