@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import tracemalloc
 
 import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny import TINY_MODELS, llama
+from tiny import params as tiny_params
 from tiny_tokenizers import byte_level_json
 
 from jaxdistill.checkpoint.model import CheckpointError, save_model
@@ -19,11 +22,14 @@ from jaxdistill.data.paths import open_path
 from jaxdistill.formats import paths
 from jaxdistill.formats.paths import any_path, atomic_directory, atomic_file, fetched, resumable_directory, write_text
 from jaxdistill.formats.safetensors import open_safetensors
+from jaxdistill.formats.source import FormatError
 from jaxdistill.jobs.convert import convert_model
 from jaxdistill.jobs.inspect import describe_path
-from jaxdistill.models.load import model_config, read_model
+from jaxdistill.models.export import write_hf
+from jaxdistill.models.load import model_config, open_checkpoint, read_model, read_params
 from jaxdistill.models.schema import init_params
 from jaxdistill.prune.plan import PrunePlan, whole_plan
+from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
 from jaxdistill.tokenizers import load_tokenizer
 from jaxdistill.train.progress import MetricsFile
 
@@ -164,21 +170,96 @@ def test_models_are_read_and_converted_both_ways(name):
         convert_model(source, ours, to="jaxdistill", dtype="float32")
 
 
-def test_only_the_rows_that_are_asked_for_are_fetched(monkeypatch):
-    source = open_safetensors(put(TINY_MODELS / "qwen3" / "model.safetensors", f"{ROOT}/model.safetensors"))
-    name = max(source.names(), key=lambda name: source.info(name).nbytes)
-    whole, asked = source.read(name), []
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[int, int]]:
+    """First and last byte of every request for part of a file."""
+    requests = []
     store = type(fsspec.filesystem("memory"))
     fetch = store.cat_file
 
     def counted(self, path, start=None, end=None, **options):
-        asked.append(end - start)
+        if start is not None:
+            requests.append((start, end))
         return fetch(self, path, start=start, end=end, **options)
 
     monkeypatch.setattr(store, "cat_file", counted)
+    return requests
+
+
+def test_only_the_rows_that_are_asked_for_are_fetched(asked):
+    source = open_safetensors(put(TINY_MODELS / "qwen3" / "model.safetensors", f"{ROOT}/model.safetensors"))
+    name = max(source.names(), key=lambda name: source.info(name).nbytes)
+    whole = source.read(name)
+    asked.clear()
     found = source.read_slice(name, (slice(3, 9, 2), slice(1, 4)))
     np.testing.assert_array_equal(found, whole[3:9:2, 1:4])
-    assert asked == [6 * whole[0].nbytes]
+    assert [stop - start for start, stop in asked] == [6 * whole[0].nbytes]
+
+
+MESHES = {"one device": None, "fsdp": MeshConfig(fsdp=8), "three axes": MeshConfig(fsdp=2, tensor=2, expert=2)}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", ["qwen3_moe", "phi3_short", "biases_linear"])
+def test_every_tensor_is_fetched_once_for_all_devices(name, mesh, asked):
+    """Fused tensors, numbered experts and shards of a file among them."""
+    sizes = MESHES[mesh]
+    layout = Layout() if sizes is None else Layout(make_mesh(sizes))
+    with open_checkpoint(put(TINY_MODELS / name, f"{ROOT}/hf")) as checkpoint:
+        asked.clear()
+        given = read_params(checkpoint, layout=layout)
+        tensors = sum(checkpoint.source.info(tensor).nbytes for tensor in checkpoint.source.names())
+    assert sum(stop - start for start, stop in asked) == tensors
+    expected = read_model(TINY_MODELS / name, layout=layout)[1]
+    for ours, theirs in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
+        assert (ours.dtype, ours.sharding) == (theirs.dtype, theirs.sharding)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_layers_that_are_split_over_devices_are_read_alike():
+    rules = DEFAULT_RULES.replace(layers="tensor", heads=None, kv_heads=None, mlp=None, vocab=None)
+    layout = Layout(make_mesh(MeshConfig(fsdp=4, tensor=2)), rules)
+    given = read_model(put(TINY_MODELS / "qwen3", f"{ROOT}/hf"), layout=layout)[1]
+    expected = read_model(TINY_MODELS / "qwen3", layout=layout)[1]
+    for ours, theirs in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
+        assert ours.sharding == theirs.sharding
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_one_layer_at_a_time_is_on_the_host(tmp_path):
+    config = llama(embed=256, mlp=1024, layers=8)
+    write_hf(tmp_path / "model", config, tiny_params(config), dtype="float32")
+    layer, layout = 256 * 1024 * 4, Layout(make_mesh(MeshConfig(fsdp=8)))
+    with open_checkpoint(put(tmp_path / "model", f"{ROOT}/hf")) as checkpoint:
+        tracemalloc.start()
+        read_params(checkpoint, layout=layout)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert layer < peak < 3 * layer
+
+
+@pytest.mark.parametrize(("answer", "came"), [(lambda whole: whole, "96"), (lambda whole: b"", "0")])
+def test_an_answer_of_other_bytes_than_were_asked_for_is_refused(answer, came, tmp_path, monkeypatch):
+    """A server that does not know ranges sends the whole file."""
+    save_file({"a": np.zeros(8, np.float32)}, tmp_path / "a.safetensors")
+    file = put(tmp_path / "a.safetensors", f"{ROOT}/a.safetensors")
+    source, store = open_safetensors(file), type(fsspec.filesystem("memory"))
+    fetch = store.cat_file
+    monkeypatch.setattr(store, "cat_file", lambda self, path, start=None, end=None: answer(fetch(self, path)))
+    with pytest.raises(FormatError, match=f"bytes 0 to 8 were asked for, and {came} bytes came instead of 8"):
+        open_safetensors(file)
+    with pytest.raises(FormatError, match=f"a.safetensors: bytes .* {came} bytes came instead of 32.*copy the file"):
+        source.read("a")
+
+
+def test_a_file_of_unknown_size_is_refused(tmp_path, monkeypatch):
+    save_file({"a": np.zeros(8, np.float32)}, tmp_path / "a.safetensors")
+    file = put(tmp_path / "a.safetensors", f"{ROOT}/a.safetensors")
+    store = type(fsspec.filesystem("memory"))
+    told = store.info
+    monkeypatch.setattr(store, "info", lambda *given, **options: {**told(*given, **options), "size": None})
+    with pytest.raises(FormatError, match="does not say how large the file is.*copy the file"):
+        open_safetensors(file)
 
 
 def test_data_plans_and_metrics():

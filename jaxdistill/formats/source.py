@@ -18,6 +18,7 @@ from jaxdistill.formats.paths import is_remote, store_of
 Tensor = TypeVar("Tensor")
 
 FETCH_AGAIN = "The file is incomplete or damaged: download or copy it again."
+COPY_IT = "Try again, or copy the file to a disk and give that path."
 
 
 class FormatError(ValueError):
@@ -103,19 +104,27 @@ class RemoteFile:
         self._store, self._name = store_of(path)
         if not path.is_file():
             raise FormatError(f"{path}: there is no such file. Give the path of an existing one.")
-        self.size: int = path.stat().st_size
+        size = self._store.info(self._name).get("size")
+        if size is None:
+            raise FormatError(f"{path}: the server does not say how large the file is. {COPY_IT}")
+        self.size: int = size
 
     def read(self, start: int, stop: int) -> bytes:
-        return self._store.cat_file(self._name, start=start, end=min(stop, self.size))
+        stop = min(stop, self.size)
+        found = self._store.cat_file(self._name, start=start, end=stop)
+        if len(found) != stop - start:
+            raise FormatError(
+                f"{self.path}: bytes {start} to {stop} were asked for, and {len(found)} bytes came instead of "
+                f"{stop - start}. Either the file has changed meanwhile, or the server does not give parts of files. "
+                f"{COPY_IT}"
+            )
+        return found
 
     def array(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
         count = math.prod(shape)
         if count == 0:
             return np.empty(shape, dtype)
-        found = self.read(offset, offset + count * dtype.itemsize)
-        if len(found) != count * dtype.itemsize:
-            raise FormatError(f"{self.path}: {len(found)} bytes came of {count * dtype.itemsize}. {FETCH_AGAIN}")
-        return np.frombuffer(found, dtype).reshape(shape)
+        return np.frombuffer(self.read(offset, offset + count * dtype.itemsize), dtype).reshape(shape)
 
     def close(self) -> None:
         pass

@@ -1,7 +1,9 @@
 """Reading models of other formats: a Hugging Face directory or a GGUF file, straight into the shards of a layout.
 
 Each device's part of each parameter is filled from just the slices of the file that it needs. On the host there is
-never more than one such part and one tensor, whatever the size of the model.
+never more than one such part and one tensor, whatever the size of the model. What is in an object store goes to the
+devices layer by layer, so that rows that several parts need are fetched once; on the host there is one layer's
+parameter, besides one part of it.
 """
 
 from __future__ import annotations
@@ -20,13 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.formats.gguf import open_gguf
-from jaxdistill.formats.paths import AnyPath, any_path
+from jaxdistill.formats.paths import AnyPath, any_path, is_remote
 from jaxdistill.formats.safetensors import open_safetensors
 from jaxdistill.formats.source import FormatError, TensorInfo, TensorSource
 from jaxdistill.formats.tiles import c_ordered, copy_into
 from jaxdistill.models.families import FAMILIES
 from jaxdistill.models.families.family import ConfigError, Family, Stored, axis_sizes, from_stored
-from jaxdistill.models.schema import ParamSpec, locate, param_shardings, schema
+from jaxdistill.models.schema import (
+    ParamSpec,
+    StackedSpec,
+    leaf_at,
+    nested,
+    param_shardings,
+    schema,
+    stacked_schema,
+)
 from jaxdistill.sharding import Layout
 from jaxdistill.specs import ModelConfig
 from jaxdistill.types import Params
@@ -39,6 +49,8 @@ BLOCK_BYTES = 16_000_000
 NAMES_SHOWN = 12
 
 Index = tuple[slice, ...]
+ReadSlice = Callable[[str, Index], np.ndarray]
+"""`TensorSource.read_slice`, or one like it."""
 
 
 class WeightsError(ValueError):
@@ -54,6 +66,8 @@ class Checkpoint:
     source: TensorSource
     stored: Callable[[str], Stored]
     """From our per-layer name."""
+    remote: bool = False
+    """Whether every read is a request to an object store."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +89,7 @@ class CheckpointInParts:
         if expert is not None:
             stored, spec = stored.tensor(expert), dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:])
         whole = tuple(slice(0, size) for size in spec.shape)
-        return _read_part(self.checkpoint.source, stored, spec, whole)
+        return _read_part(self.checkpoint.source.read_slice, stored, spec, whole)
 
 
 def read_model(path: AnyPath, *, layout: Layout = Layout(), dtype: Any = jnp.float32) -> tuple[ModelConfig, Params]:
@@ -105,7 +119,8 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
     if where.is_dir():
         config, family = _hf_config(path)
         with open_safetensors(where) as source:
-            yield Checkpoint(config, family, source, functools.partial(family.hf_stored, config))
+            stored = functools.partial(family.hf_stored, config)
+            yield Checkpoint(config, family, source, stored, remote=is_remote(where))
         return
     if where.suffix != ".gguf":
         raise FormatError(
@@ -155,38 +170,76 @@ def read_params(checkpoint: Checkpoint, *, layout: Layout = Layout(), dtype: Any
     Everything is checked before the first tensor is read.
     """
     config = checkpoint.config
-    specs = schema(config)
-    stored = {name: checkpoint.stored(name) for name in specs}
     check_tensors(checkpoint)
     shardings = param_shardings(config, layout)
-    tree: Params = {}
-    for path, members in _leaves(config).items():
-        node, sharding = tree, shardings
-        for key in path[:-1]:
-            node, sharding = node.setdefault(key, {}), sharding[key]
-        spec, layers = specs[members[0]], [stored[name] for name in members]
-        stacked = path[0] == "segments"
-
-        def fill(index: Index, spec=spec, layers=layers, stacked=stacked) -> np.ndarray:
-            if not stacked:
-                return c_ordered(_read_part(checkpoint.source, layers[0], spec, index), dtype)
-            chosen = layers[index[0]]
-            part = np.empty((len(chosen), *(_length(s) for s in index[1:])), dtype)
-            for slot, layer in zip(part, chosen, strict=True):
-                copy_into(slot, _read_part(checkpoint.source, layer, spec, index[1:]))
-            return part
-
-        shape = (len(layers), *spec.shape) if stacked else spec.shape
-        node[path[-1]] = _place(shape, sharding[path[-1]], fill)
-    return tree
+    place = _place_layer_by_layer if checkpoint.remote else _place_leaf
+    leaves = {}
+    for path, spec in stacked_schema(config).items():
+        leaf = _Leaf(spec, [checkpoint.stored(name) for name in spec.members], jnp.dtype(dtype))
+        leaves[path] = place(checkpoint.source, leaf, leaf_at(shardings, path))
+    return nested(leaves)
 
 
-def _leaves(config: ModelConfig) -> dict[tuple[str, ...], list[str]]:
-    """Each leaf of the stacked tree with its parameters in the per-layer view."""
-    leaves: dict[tuple[str, ...], list[str]] = {}
-    for name in schema(config):
-        leaves.setdefault(locate(config, name)[0], []).append(name)
-    return leaves
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A leaf of the stacked tree, and how each of its layers is stored."""
+
+    spec: StackedSpec
+    layers: list[Stored]
+    dtype: np.dtype
+
+    def read(self, read_slice: ReadSlice, index: Index) -> np.ndarray:
+        """One device's part of it."""
+        if not self.spec.stacked:
+            return c_ordered(_read_part(read_slice, self.layers[0], self.spec.spec, index), self.dtype)
+        chosen = self.layers[index[0]]
+        part = np.empty((len(chosen), *(_length(s) for s in index[1:])), self.dtype)
+        for slot, layer in zip(part, chosen, strict=True):
+            copy_into(slot, _read_part(read_slice, layer, self.spec.spec, index[1:]))
+        return part
+
+
+def _place_leaf(source: TensorSource, leaf: _Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
+    return _place(leaf.spec.shape, sharding, functools.partial(leaf.read, source.read_slice))
+
+
+def _place_layer_by_layer(source: TensorSource, leaf: _Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
+    """As `_place_leaf`, with rows that several parts of a layer need read once. Layers are put together on the devices:
+    on the host there is one at a time."""
+    if not leaf.spec.stacked:
+        return _place(leaf.spec.shape, sharding, functools.partial(leaf.read, _sharing_rows(source)))
+    layers, *shape = leaf.spec.shape
+    one = sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        one = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec[1:]))
+    add = jax.jit(_with_layer, donate_argnums=0, out_shardings=sharding)
+    whole = jnp.zeros(leaf.spec.shape, leaf.dtype, device=sharding)
+    for at in range(layers):
+
+        def read(index: Index, read_slice=_sharing_rows(source), at=at) -> np.ndarray:
+            return leaf.read(read_slice, (slice(at, at + 1), *index[1:]))
+
+        whole = add(whole, _place((1, *shape), one, read), at)
+    return whole
+
+
+def _with_layer(whole: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, layer, at, axis=0)
+
+
+def _sharing_rows(source: TensorSource) -> ReadSlice:
+    """Reads slices, and keeps the rows that it has read for other slices of them."""
+    kept: dict[tuple[str, int, int], np.ndarray] = {}
+
+    def read_slice(name: str, index: Index) -> np.ndarray:
+        first, *others = index
+        rows = name, first.start, first.stop
+        if rows not in kept:
+            whole = (slice(0, size) for size in source.info(name).shape[1:])
+            kept[rows] = source.read_slice(name, (first, *whole))
+        return kept[rows][:, *others]
+
+    return read_slice
 
 
 def _place(shape: tuple[int, ...], sharding: jax.sharding.Sharding, fill: Callable[[Index], np.ndarray]) -> jax.Array:
@@ -203,14 +256,16 @@ def _place(shape: tuple[int, ...], sharding: jax.sharding.Sharding, fill: Callab
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def _read_part(source: TensorSource, stored: Stored, spec: ParamSpec, index: Index) -> np.ndarray:
+def _read_part(read_slice: ReadSlice, stored: Stored, spec: ParamSpec, index: Index) -> np.ndarray:
     """One parameter's part, reading only that from the file.
 
     Where an axis of the file is a product, whole entries of its first factor are read and the others cut afterwards.
     """
     if stored.numbered:
         each = dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:])
-        parts = (_read_part(source, stored.tensor(i), each, index[1:]) for i in range(index[0].start, index[0].stop))
+        parts = (
+            _read_part(read_slice, stored.tensor(i), each, index[1:]) for i in range(index[0].start, index[0].stop)
+        )
         first = next(parts)
         whole = np.empty((_length(index[0]), *first.shape), first.dtype)
         for place, part in zip(whole, itertools.chain([first], parts), strict=True):
@@ -226,7 +281,7 @@ def _read_part(source: TensorSource, stored: Stored, spec: ParamSpec, index: Ind
     if stored.rows is not None:
         before = stored.rows[0]
         in_file[0] = slice(before + in_file[0].start, before + in_file[0].stop)
-    block = from_stored(stored, spec.axes, sizes, source.read_slice(stored.name, tuple(in_file)))
+    block = from_stored(stored, spec.axes, sizes, read_slice(stored.name, tuple(in_file)))
     return block[tuple(wanted.get(str(a), slice(None)) for a in spec.axes)]
 
 

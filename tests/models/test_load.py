@@ -92,7 +92,7 @@ def test_a_split_inside_a_head_reads_the_same_bits(tmp_path):
 
 
 class Counted:
-    """A source that remembers the bytes of every read."""
+    """A source that remembers how many bytes of the mapped file every read looks at."""
 
     def __init__(self, source):
         self.source = source
