@@ -4,7 +4,8 @@
     python tools/compare_checkpoints.py ONE OTHER --text "The capital of France is" --rows 20
 
 ONE and OTHER are checkpoints of ours, Hugging Face directories or .gguf files, of any dtypes. Tensors are read one at a
-time; for a text both models have to fit into memory. The exit status is 0 if all tensors are equal, else 1.
+time; for a text both models have to fit into memory. A NaN is equal to a NaN, and infinitely far from any number. The
+exit status is 0 if the configurations and all tensors are equal, else 1.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from jaxdistill.jobs.convert import open_parts
 from jaxdistill.models.decoder import Rows, apply, scores
 from jaxdistill.models.parts import Parts, part_names
 
+BLOCK = 1 << 20
+"""So many numbers of a tensor are compared at once, or one row."""
 POSITIONS = 32
 """Scores of so many positions are compared at once."""
 
@@ -90,12 +93,27 @@ def shared_parts(one: Parts, other: Parts) -> list[tuple[str, int | None]]:
 
 def compare(one: Parts, other: Parts, name: str, expert: int | None) -> Difference:
     label = name if expert is None else f"{name}, expert {expert}"
-    a, b = (np.asarray(parts.read(name, expert), np.float64) for parts in (one, other))
+    a, b = (parts.read(name, expert) for parts in (one, other))
     if a.shape != b.shape:
         return Difference(f"{label}: {a.shape} / {b.shape}", np.inf, np.inf)
-    gap, size = a - b, np.sqrt(np.mean(a**2))
-    rms = np.sqrt(np.mean(gap**2))
-    return Difference(label, float(np.abs(gap).max(initial=0.0)), float(rms / size if size else rms))
+    largest, gaps, sizes = 0.0, 0.0, 0.0
+    rows = max(1, BLOCK * len(a) // max(1, a.size))
+    for start in range(0, len(a), rows):
+        x, y = (np.asarray(values[start : start + rows], np.float64) for values in (a, b))
+        gap = gaps_of(x, y)
+        largest = max(largest, float(gap.max(initial=0.0)))
+        gaps += float(np.square(gap).sum())
+        sizes += float(np.square(x, where=np.isfinite(x), out=np.zeros_like(x)).sum())
+    return Difference(label, largest, float(np.sqrt(gaps / sizes if sizes else gaps / max(1, a.size))))
+
+
+def gaps_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How far each number is from the other one; never NaN."""
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(a - b)
+    gap[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+    gap[np.isnan(gap)] = np.inf
+    return gap
 
 
 def compare_scores(one: Model, other: Model, text: str) -> dict[str, float]:

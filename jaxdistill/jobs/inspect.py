@@ -27,7 +27,7 @@ def describe_path(path: str, *, tensors: bool = False) -> str:
     place = any_path(path)
     if not place.exists():
         raise FileNotFoundError(f"{path}: there is no such file or directory.")
-    if (place / METRICS).is_file() or (place / CHECKPOINTS).is_dir():
+    if is_run(place):
         return _aligned(f"{path}: a run", _run_facts(place))
     kind, config, arrays = _arrays_of(path)
     size = sum(math.prod(shape) * itemsize for _, _, shape, _, itemsize in arrays)
@@ -45,6 +45,11 @@ def describe_path(path: str, *, tensors: bool = False) -> str:
     ]
     text = _aligned(f"{path}: {kind}", facts)
     return text + "\n" + _columns([row[:4] for row in arrays]) if tensors else text
+
+
+def is_run(place: Path) -> bool:
+    """Whether a directory is a run's, by what a run writes first."""
+    return (place / METRICS).is_file() or (place / CHECKPOINTS).is_dir()
 
 
 Array = tuple[str, str, tuple[int, ...], str, int]
