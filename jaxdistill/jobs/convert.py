@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -77,8 +78,9 @@ def _padded(source: str) -> Iterator[Parts]:
 
 
 def _state_of(source: str) -> str:
-    """A path, and what would change with its files."""
+    """What the parts that are written depend on: this program's version, the path, and what would change with its
+    files."""
     path = any_path(source).absolute()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [(str(file.relative_to(path)), state_of(file)) for file in files if file.is_file()]
-    return f"{path} {found}"
+    return f"jaxdistill {importlib.metadata.version('jaxdistill')}: {path} {found}"

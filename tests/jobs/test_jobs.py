@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import llama
+from tiny import params as tiny_params
 
 from jaxdistill import cli
 from jaxdistill.checkpoint.model import save_model
 from jaxdistill.checkpoint.open import open_model
 from jaxdistill.checkpoint.run import RunCheckpoints
 from jaxdistill.generate import Sampling, generate
+from jaxdistill.jobs.convert import convert_model
 from jaxdistill.jobs.generate import generate_text
-from jaxdistill.models.schema import abstract_params, count_parameters
+from jaxdistill.models.export import write_hf
+from jaxdistill.models.load import CheckpointInParts
+from jaxdistill.models.schema import abstract_params, count_parameters, schema
 from jaxdistill.tokenizers import ByteTokenizer
 
 CONFIG = llama(vocab=261)
@@ -52,6 +59,73 @@ def test_convert_writes_the_same_model_and_says_what_it_is(saved, tmp_path, caps
     assert after.config == before.config
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+
+
+class Interrupted(Exception):
+    pass
+
+
+@dataclasses.dataclass
+class Reads:
+    names: list[str] = dataclasses.field(default_factory=list)
+    fail_at: str | None = None
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the parts that are read of Hugging Face directories; reading fails at the one called `reads.fail_at`."""
+    found = Reads()
+    read = CheckpointInParts.read
+
+    def noted(self, name, expert=None):
+        if name == found.fail_at:
+            raise Interrupted
+        found.names.append(name)
+        return read(self, name, expert)
+
+    monkeypatch.setattr(CheckpointInParts, "read", noted)
+    return found
+
+
+def interrupted_conversion(reads, source, target) -> None:
+    reads.fail_at = "final_norm.scale"
+    with pytest.raises(Interrupted):
+        convert_model(str(source), str(target), to="jaxdistill", dtype="float32")
+    assert not target.exists()
+    reads.fail_at = None
+    reads.names.clear()
+
+
+def hf_model(to, seed: int = 0):
+    write_hf(to, CONFIG, tiny_params(CONFIG, seed), dtype="float32", tokenizer=ByteTokenizer())
+    return to
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path, reads):
+    source = hf_model(tmp_path / "hf")
+    interrupted_conversion(reads, source, tmp_path / "out")
+    convert_model(str(source), str(tmp_path / "out"), to="jaxdistill", dtype="float32")
+    # The part that was in flight may not have been noted.
+    assert 1 <= len(reads.names) <= 2
+
+
+def test_a_conversion_of_files_that_have_changed_begins_again(tmp_path, reads):
+    source = hf_model(tmp_path / "hf")
+    interrupted_conversion(reads, source, tmp_path / "out")
+    new = hf_model(tmp_path / "new", seed=1)
+    shutil.copyfile(new / "model.safetensors", source / "model.safetensors")
+    convert_model(str(source), str(tmp_path / "out"), to="jaxdistill", dtype="float32")
+    expected = open_model(new).params
+    jax.tree.map(np.testing.assert_array_equal, open_model(tmp_path / "out").params, expected)
+
+
+def test_what_another_version_has_written_is_not_continued(tmp_path, reads, monkeypatch):
+    source = hf_model(tmp_path / "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda package: "0.0.1")
+        interrupted_conversion(reads, source, tmp_path / "out")
+    convert_model(str(source), str(tmp_path / "out"), to="jaxdistill", dtype="float32")
+    assert len(reads.names) == len(schema(CONFIG))
 
 
 def test_convert_stores_the_dtype_that_is_asked_for(saved, tmp_path, capsys):
