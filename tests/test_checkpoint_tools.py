@@ -151,7 +151,7 @@ def test_of_a_run_the_student_is_laid_out(tmp_path, capsys):
     run.mkdir()
     (run / "metrics.jsonl").write_text("")
     (run / "config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="run that has not written its student yet.*Give a model"):
+    with pytest.raises(SystemExit, match=r"run that has not written its student yet.*Give a model"):
         inspect.main(inspect.Options(path=str(run), fsdp=2))
     copy("tied_wide_heads", run / "student")
     inspect.main(inspect.Options(path=str(run), fsdp=2))

@@ -248,7 +248,7 @@ def test_an_answer_of_other_bytes_than_were_asked_for_is_refused(answer, came, t
     monkeypatch.setattr(store, "cat_file", lambda self, path, start=None, end=None: answer(fetch(self, path)))
     with pytest.raises(FormatError, match=f"bytes 0 to 8 were asked for, and {came} bytes came instead of 8"):
         open_safetensors(file)
-    with pytest.raises(FormatError, match=f"a.safetensors: bytes .* {came} bytes came instead of 32.*copy the file"):
+    with pytest.raises(FormatError, match=rf"a\.safetensors: bytes .* {came} bytes came instead of 32.*copy the file"):
         source.read("a")
 
 
@@ -258,7 +258,7 @@ def test_a_file_of_unknown_size_is_refused(tmp_path, monkeypatch):
     store = type(fsspec.filesystem("memory"))
     told = store.info
     monkeypatch.setattr(store, "info", lambda *given, **options: {**told(*given, **options), "size": None})
-    with pytest.raises(FormatError, match="does not say how large the file is.*copy the file"):
+    with pytest.raises(FormatError, match=r"does not say how large the file is.*copy the file"):
         open_safetensors(file)
 
 

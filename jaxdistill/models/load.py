@@ -215,8 +215,9 @@ def _place_layer_by_layer(source: TensorSource, leaf: _Leaf, sharding: jax.shard
     add = jax.jit(_with_layer, donate_argnums=0, out_shardings=sharding)
     whole = jnp.zeros(leaf.spec.shape, leaf.dtype, device=sharding)
     for at in range(layers):
+        read_slice = _sharing_rows(source)
 
-        def read(index: Index, read_slice=_sharing_rows(source), at=at) -> np.ndarray:
+        def read(index: Index, read_slice=read_slice, at=at) -> np.ndarray:
             return leaf.read(read_slice, (slice(at, at + 1), *index[1:]))
 
         whole = add(whole, _place((1, *shape), one, read), at)

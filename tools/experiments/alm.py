@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 from common import (
     Bench,
+    Places,
     Row,
     domains_of_held_out_text,
     draw_ways,
@@ -40,6 +41,7 @@ from common import (
     read_rows,
     read_texts,
     rows_of,
+    run_parts,
     spread,
     write_texts,
 )
@@ -70,27 +72,22 @@ STATES = HiddenMatch(layers=((-1, -1),), distance="channelwise")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Places):
     """Which experiments to run, and where."""
 
     parts: tyro.conf.Positional[tuple[Part, ...]]
     out: Path = Path("runs/experiments/alm")
-    results: Path | None = None
-    """The file of results; OUT/results.jsonl if not given."""
-    draw: Path | None = None
-    """Draw what there is into this directory, too."""
 
 
 def main(options: Options) -> None:
-    results = options.results or options.out / "results.jsonl"
-    for part in options.parts:
-        if part == "student":
-            small_student(options.out, results)
-        else:
-            transfer(options.out, results, part)
-        print(f"\n{table(results, part)}\n")
-    if options.draw is not None:
-        draw(results, options.draw)
+    run_parts(options, options.parts, run=experiment, table=table, draw=draw)
+
+
+def experiment(out: Path, results: Path, part: Part) -> None:
+    if part == "student":
+        small_student(out, results)
+    else:
+        transfer(out, results, part)
 
 
 # SmolLM2-135M in other tokens.
@@ -173,13 +170,17 @@ WRITTEN = 1_200
 def small_student(out: Path, results: Path) -> None:
     """A model that was trained on the text learns further: from the teacher's likelihoods on the same text, from that
     text, or from text that the teacher wrote."""
+    start, text = out / "small" / "student", out / "written.jsonl"
+
+    def prepare(bench: Bench) -> None:
+        if not start.exists():
+            pretrain(bench, start.parent)
+        written_by_teacher(text, first_words(read_texts(bench.text), words=12), texts=WRITTEN)
+
     bench = bench_of("student", out, results, length=256, batch_size=8, steps=FURTHER)
-    start = out / "small" / "student"
-    if not start.exists():
-        pretrain(bench, start.parent)
+    bench = dataclasses.replace(bench, prepare=prepare)
     yardstick = Yardstick(bench)
     bench.result(BEFORE, lambda: {"tokens": 0, "end": yardstick.student(start)}, seed=0)
-    text = written_by_teacher(out / "written.jsonl", first_words(read_texts(bench.text), words=12), texts=WRITTEN)
     # What the teacher wrote ends where it was cut off.
     written = DataConfig(path=str(text), length=bench.length, batch_size=bench.batch_size, append_eos=False)
     methods = {

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxdistill.assets import asset
 from jaxdistill.data import DataConfig
@@ -21,9 +21,39 @@ from jaxdistill.optimizer import AdamW, WarmupCosine
 from jaxdistill.train.config import CheckpointConfig, HeldOutConfig, LogConfig, TeacherConfig, TrainConfig
 from jaxdistill.train.loop import train
 
+Part = TypeVar("Part", bound=str)
+
 SEEDS = (0, 1, 2)
 Row = dict[str, Any]
 """What a run found: its bench, way, seed and rate; positions of its rows; numbers at its start and end; its curve."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where runs and results are; a file of experiments adds the parts that can be run."""
+
+    out: Path
+    results: Path | None = None
+    """The file of results; OUT/results.jsonl if not given."""
+    draw: Path | None = None
+    """Draw what there is into this directory, too."""
+
+
+def run_parts(
+    places: Places,
+    parts: Sequence[Part],
+    *,
+    run: Callable[[Path, Path, Part], None],
+    table: Callable[[Path, Part], str],
+    draw: Callable[[Path, Path], None],
+) -> None:
+    """Runs parts of an experiment and prints their tables. run: with the directory of runs and the file of results."""
+    results = places.results or places.out / "results.jsonl"
+    for part in parts:
+        run(places.out, results, part)
+        print(f"\n{table(results, part)}\n")
+    if places.draw is not None:
+        draw(results, places.draw)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +74,8 @@ class Bench:
     """The number at a run's end that learning rates are chosen by."""
     settings: str = ""
     """A fingerprint of what rows depend on besides their key; a row of other settings is not taken for this one's."""
+    prepare: Callable[[Bench], None] = lambda bench: None
+    """Makes what has to be there before a row is made; not called where all rows are there."""
 
     def result(self, way: str, make: Callable[[], Row], *, seed: int, rate: float | None = None) -> Row:
         """The row of this way, seed and rate: from the file of results, or made and added to it."""
@@ -52,6 +84,7 @@ class Bench:
         for row in read_rows(self.results):
             if key.items() <= row.items():
                 return row
+        self.prepare(self)
         began = time.perf_counter()
         print(f"--- {self.name}: {way}, seed {seed}{f', rate {rate:g}' if rate else ''}", flush=True)
         row = {**key, **make(), "seconds": round(time.perf_counter() - began, 1)}

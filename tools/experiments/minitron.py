@@ -29,6 +29,7 @@ import tyro
 from common import (
     SEEDS,
     Bench,
+    Places,
     Row,
     domains_of_held_out_text,
     draw_ways,
@@ -36,12 +37,13 @@ from common import (
     in_turn,
     plotting,
     rows_of,
+    run_parts,
     spread,
     write_texts,
 )
 
 from jaxdistill.assets import asset
-from jaxdistill.checkpoint.open import Model, open_model
+from jaxdistill.checkpoint.open import Model, open_config, open_model
 from jaxdistill.data import DataConfig, eval_batches, source_at
 from jaxdistill.losses.chunked import default_chunk
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
@@ -76,27 +78,22 @@ Part = Literal["toy", "smollm2-50", "smollm2-75"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Places):
     """Which experiments to run, and where."""
 
     parts: tyro.conf.Positional[tuple[Part, ...]]
     out: Path = Path("runs/experiments/minitron")
-    results: Path | None = None
-    """The file of results; OUT/results.jsonl if not given."""
-    draw: Path | None = None
-    """Draw what there is into this directory, too."""
 
 
 def main(options: Options) -> None:
-    results = options.results or options.out / "results.jsonl"
-    for part in options.parts:
-        if part == "toy":
-            toy(options.out, results)
-        else:
-            smollm2(options.out, results, part.removeprefix("smollm2-"))
-        print(f"\n{table(results, part)}\n")
-    if options.draw is not None:
-        draw(results, options.draw)
+    run_parts(options, options.parts, run=experiment, table=table, draw=draw)
+
+
+def experiment(out: Path, results: Path, part: Part) -> None:
+    if part == "toy":
+        toy(out, results)
+    else:
+        smollm2(out, results, part.removeprefix("smollm2-"))
 
 
 LABELS = {"kl_nats": "KL to the teacher, nats per token", "cross_entropy_nats": "cross-entropy, nats per byte"}
@@ -167,6 +164,7 @@ def smollm2(out: Path, results: Path, share: str) -> None:
         bench,
         target,
         STEPS_60K,
+        shape=target.resize(open_config(bench.teacher)),
         rates=(5e-4, 1e-3),
         scratch_rates=(1e-3, 3e-3),
         scratch=(4,),
@@ -205,6 +203,7 @@ TOY_SHAPES = {"width": Target(mlp=80), "depth": Target(layers=2)}
 
 def toy(out: Path, results: Path) -> None:
     text, held_out = source_code(out)
+    benches = []
     for teacher_seed in SEEDS:
         bench = Bench(
             name=f"toy-teacher-{teacher_seed}",
@@ -216,16 +215,18 @@ def toy(out: Path, results: Path) -> None:
             length=96,
             batch_size=16,
             windows=256,
+            prepare=functools.partial(train_toy_teacher, seed=teacher_seed),
         )
-        train_toy_teacher(bench, teacher_seed)
+        benches.append(bench)
         before_training(bench, TOY_AXES)
-    bench = dataclasses.replace(bench, name="toy", teacher=out / "toy-teacher-0" / "student")
+    bench = dataclasses.replace(benches[0], name="toy")
     rates = (1e-3, 3e-3, 1e-2)
     target = TOY_AXES["embed and mlp"]
-    compare(bench, target, TOY_STEPS, rates=rates, scratch_rates=rates, scratch=(1, 4, 8))
-    for shape, target in TOY_SHAPES.items():
+    shape = target.resize(TOY_MODEL)
+    compare(bench, target, TOY_STEPS, shape=shape, rates=rates, scratch_rates=rates, scratch=(1, 4, 8))
+    for name, target in TOY_SHAPES.items():
         options: dict[str, Any] = {"target": target, "steps": TOY_STEPS, "rates": rates}
-        pruned(bench, f"{shape}, KL", lambda seed: Activations(), {"kl": ForwardKL()}, **options)
+        pruned(bench, f"{name}, KL", lambda seed: Activations(), {"kl": ForwardKL()}, **options)
 
 
 def source_code(out: Path) -> tuple[Path, Path]:
@@ -242,7 +243,7 @@ def source_code(out: Path) -> tuple[Path, Path]:
     return train_file, held_out_file
 
 
-def train_toy_teacher(bench: Bench, seed: int) -> None:
+def train_toy_teacher(bench: Bench, *, seed: int) -> None:
     if not bench.teacher.exists():
         finish(
             dataclasses.replace(
@@ -290,19 +291,21 @@ def compare(
     target: Target,
     steps: int,
     *,
+    shape: ModelConfig,
     rates: Sequence[float],
     scratch_rates: Sequence[float],
     scratch: Sequence[int],
     scratch_seeds: Sequence[int] = SEEDS,
     trainable: tuple[str, ...] = ("*",),
 ) -> None:
-    """Importance against random, distillation against cross-entropy, and both against a student from scratch."""
+    """Importance against random, distillation against cross-entropy, and both against a student from scratch.
+
+    shape: of that student, which is as large as the teacher cut to the target."""
     kl, text = {"kl": ForwardKL()}, {"cross_entropy": CrossEntropy()}
     options: dict[str, Any] = {"target": target, "steps": steps, "rates": rates, "trainable": trainable}
     pruned(bench, "importance, KL", lambda seed: Activations(), kl, **options)
     pruned(bench, "random, KL", lambda seed: RandomScores(seed=seed), kl, **options)
     pruned(bench, "importance, cross-entropy", lambda seed: Activations(), text, **options)
-    shape = target.resize(open_model(bench.teacher).config)
     for times in scratch:
         bench.tuned(
             f"from scratch, cross-entropy, {times}x",
