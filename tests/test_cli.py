@@ -12,6 +12,7 @@ import pytest
 
 from jaxdistill import cli
 from jaxdistill.data.sources import DataError
+from jaxdistill.recipes import parse_recipe
 from jaxdistill.train.config import TrainConfig
 
 ALIGNMENT = ("inspect", "alignment", "--teacher", "bytes")
@@ -79,7 +80,7 @@ def test_numbers_of_a_recipe_are_set_by_name(recipe):
         --losses.kl.temperature 4 --losses.kl.weight 2 --losses.ce.weight 0.5 --losses.own.sharpness 3
         --optimizer.learning-rate.peak 1e-3 --mesh.fsdp 4 --data.long-documents truncate --held-out.every 7
     """
-    config = cli.parse_recipe(recipe, given.split())
+    config = parse_recipe(recipe, given.split())
     assert isinstance(config, TrainConfig)
     assert (config.teacher.path, config.data.path, config.out) == ("DIR", "FILE", "RUN")
     assert config.student.prune.layers == (0, 3)
@@ -90,7 +91,7 @@ def test_numbers_of_a_recipe_are_set_by_name(recipe):
 
 
 def test_a_schedule_stays_unless_a_number_is_given(recipe):
-    config = cli.parse_recipe(recipe, [])
+    config = parse_recipe(recipe, [])
     assert config.losses["ce"].weight(3) == 0.25
     assert config.losses["kl"].temperature == 1.0
 
@@ -106,12 +107,12 @@ def test_a_schedule_stays_unless_a_number_is_given(recipe):
     ],
 )
 def test_what_a_recipe_does_not_allow_is_refused(recipe, capsys, arguments, message):
-    assert message in refused(capsys, lambda: cli.parse_recipe(recipe, arguments))
+    assert message in refused(capsys, lambda: parse_recipe(recipe, arguments))
 
 
 def test_help_of_a_recipe_shows_its_page_and_its_settings(recipe, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.parse_recipe(recipe, ["--help"])
+        parse_recipe(recipe, ["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert "What it does stands here." in shown

@@ -25,6 +25,7 @@ from jaxdistill.checkpoint.open import open_config
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.schema import init_params
 from jaxdistill.prune.plan import PrunePlan
+from jaxdistill.recipes import parse_recipe
 from jaxdistill.search import SearchConfig
 from jaxdistill.tokenizers import ByteTokenizer
 
@@ -156,13 +157,13 @@ def test_command_lines_parse(page, line, places, monkeypatch):
         return  # the command is mentioned, not shown
     if command == "search":
         recipe = arguments[0].replace("configs/distill.py", "configs/search.py")
-        cli.parse_recipe(recipe, arguments[1:], kind=SearchConfig, command="search")
+        parse_recipe(recipe, arguments[1:], kind=SearchConfig, command="search")
         return
     if command == "train":
         recipe, *overrides = arguments
         # A reader's own recipe has the program of docs/api.md in it.
         recipe = str(own_recipe(Path(places["DIR"]).parent)) if recipe == "my_recipe.py" else recipe
-        cli.parse_recipe(recipe, overrides)
+        parse_recipe(recipe, overrides)
         return
     calls = []
     parsed_only = functools.wraps(cli.COMMANDS[command])(lambda *given, **named: calls.append((given, named)))
@@ -181,7 +182,7 @@ def own_recipe(directory: Path) -> Path:
 
 def test_an_option_that_does_not_exist_is_noticed(places):
     with pytest.raises(SystemExit):
-        cli.parse_recipe(str(RECIPES[0]), ["--student.layer-count", "16"])
+        parse_recipe(str(RECIPES[0]), ["--student.layer-count", "16"])
 
 
 # What is referred to.

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
     "cli": 10,
+    "recipes": 9,
     "search": 9,
     "jobs": 8,
     "report": 8,
