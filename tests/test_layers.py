@@ -42,6 +42,7 @@ FLOORS = {
     "formats": 1,
     "partition": 1,
     "sharding": 1,
+    "choices": 0,
     "specs": 0,
     "types": 0,
 }
