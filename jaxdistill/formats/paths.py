@@ -139,8 +139,9 @@ def cache_directory() -> Path:
 
 def scratch() -> Path:
     """Where temporary copies are made: a system's own place for them is often in memory."""
-    cache_directory().mkdir(parents=True, exist_ok=True)
-    return cache_directory()
+    place = cache_directory() / "temporary"
+    place.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def staging_of(destination: Path) -> Path:
