@@ -1,7 +1,10 @@
 """Everything that takes a path takes one of an object store: here fsspec's in memory."""
 
+import functools
+import http.server
 import importlib.util
 import json
+import threading
 import tracemalloc
 
 import fsspec
@@ -13,6 +16,7 @@ from safetensors.numpy import save_file
 from tiny import TINY_MODELS, llama
 from tiny import params as tiny_params
 from tiny_tokenizers import byte_level_json
+from upath import UPath
 
 from jaxdistill.checkpoint.model import CheckpointError, save_model
 from jaxdistill.checkpoint.open import open_config, open_model
@@ -31,7 +35,8 @@ from jaxdistill.models.schema import init_params
 from jaxdistill.prune.plan import PrunePlan, whole_plan
 from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh
 from jaxdistill.tokenizers import load_tokenizer
-from jaxdistill.train.progress import MetricsFile
+from jaxdistill.train import progress
+from jaxdistill.train.progress import MetricsFile, Mirror
 
 ROOT = "memory://bucket"
 
@@ -81,15 +86,16 @@ def test_directories_appear_whole_or_not_at_all(monkeypatch):
         interrupted()
     assert names(ROOT) == []
     uploaded = []
-    upload = paths._upload
-    monkeypatch.setattr(paths, "_upload", lambda file, to: (uploaded.append(file.name), upload(file, to)))
+    upload = paths.upload
+    monkeypatch.setattr(paths, "upload", lambda file, to: (uploaded.append(file.name), upload(file, to)))
     with atomic_directory(f"{ROOT}/model") as folder:
         (folder / "arrays").mkdir()
         (folder / "arrays" / "weights").write_bytes(bytes(1000))
-        (folder / "config.json").write_text("{}")
-    assert names(f"{ROOT}/model") == ["arrays/weights", "config.json"]
+        (folder / "config.json").write_text("{ }")
+        (folder / "tokenizer_config.json").write_text("{}")
+    assert names(f"{ROOT}/model") == ["arrays/weights", "config.json", "tokenizer_config.json"]
     # What says that it is a model comes last.
-    assert uploaded == ["weights", "config.json"]
+    assert uploaded == ["weights", "tokenizer_config.json", "config.json"]
     with pytest.raises(FileExistsError, match="not empty"), atomic_directory(f"{ROOT}/model"):
         pass
     with atomic_directory(f"{ROOT}/model", replace=True) as folder:
@@ -98,7 +104,7 @@ def test_directories_appear_whole_or_not_at_all(monkeypatch):
 
 
 def test_an_upload_that_fails_leaves_nothing(monkeypatch):
-    upload = paths._upload
+    upload = paths.upload
 
     def fails(file, to):
         if file.name == "second":
@@ -111,7 +117,7 @@ def test_an_upload_that_fails_leaves_nothing(monkeypatch):
             (folder / "second").write_bytes(bytes(1))
 
     write_text(f"{ROOT}/kept/file", "kept")
-    monkeypatch.setattr(paths, "_upload", fails)
+    monkeypatch.setattr(paths, "upload", fails)
     for name, replace in (("new", False), ("kept", True)):
         with pytest.raises(OSError, match="connection") as raised:
             write(name, replace=replace)
@@ -262,19 +268,11 @@ def test_a_file_of_unknown_size_is_refused(tmp_path, monkeypatch):
         open_safetensors(file)
 
 
-def test_data_plans_and_metrics():
+def test_data_and_plans():
     write_text(f"{ROOT}/text/a.jsonl", "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(3)))
     write_text(f"{ROOT}/text/b.jsonl", json.dumps({"text": "last"}) + "\n")
     for path in (f"{ROOT}/text", f"{ROOT}/text/a.jsonl"):
         assert open_path(path)[2]["text"] == "text 2"
-    metrics = MetricsFile(any_path(f"{ROOT}/run/metrics.jsonl"), from_step=0)
-    metrics.write({"step": 1})
-    metrics.write({"step": 2})
-    metrics.close()
-    metrics = MetricsFile(any_path(f"{ROOT}/run/metrics.jsonl"), from_step=1)
-    metrics.write({"step": 2, "again": True})
-    metrics.close()
-    assert any_path(f"{ROOT}/run/metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2, "again": true}\n'
     config = model_config(TINY_MODELS / "qwen3")
     plan = whole_plan(config)
     plan.save(f"{ROOT}/plan.json")
@@ -305,7 +303,7 @@ def test_checkpoints_of_a_run_are_uploaded_whole_or_not_at_all(tmp_path, monkeyp
     for step in (1, 2, 3):
         checkpoints.save(step, weights(step), {"0": step}, {})
     checkpoints.wait()
-    upload = paths._upload
+    upload = paths.upload
 
     def fails(file, to):
         if file.name == "info.json":
@@ -313,7 +311,7 @@ def test_checkpoints_of_a_run_are_uploaded_whole_or_not_at_all(tmp_path, monkeyp
         upload(file, to)
 
     with monkeypatch.context() as patch:
-        patch.setattr(paths, "_upload", fails)
+        patch.setattr(paths, "upload", fails)
         checkpoints.save(4, weights(4), {"0": 4}, {})
         with pytest.raises(CheckpointError, match=r"step 4 .*connection was lost.* steps \[2, 3\]"):
             checkpoints.wait()
@@ -338,3 +336,102 @@ def test_several_processes_write_where_all_can(monkeypatch):
     with pytest.raises(CheckpointError, match="Allowed are disks that all of them share, and gs://"):
         save_model(f"{ROOT}/model", llama(), init_params(llama(), jax.random.key(0)))
     assert names(ROOT) == []
+
+
+def write_records(*records: dict, from_step: int, mirror: Mirror) -> MetricsFile:
+    metrics = MetricsFile(mirror.file("metrics.jsonl"), from_step=from_step)
+    for record in records:
+        metrics.write(record)
+    return metrics
+
+
+def test_records_of_a_run_are_uploaded_before_a_checkpoint_and_now_and_then(tmp_path, monkeypatch):
+    run = any_path(f"{ROOT}/run")
+    mirror = Mirror(run)
+    metrics = write_records({"step": 1}, {"step": 2}, from_step=0, mirror=mirror)
+    mirror.tick()
+    assert not run.exists()
+    mirror.upload()
+    assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    metrics.close()
+    # Killed here, and resumed behind step 1.
+    mirror = Mirror(run)
+    metrics = write_records({"step": 2, "again": True}, from_step=1, mirror=mirror)
+    monkeypatch.setattr(Mirror, "EVERY_SECONDS", -1)
+    mirror.tick()
+    expected = '{"step": 1}\n{"step": 2, "again": true}\n'
+    assert (run / "metrics.jsonl").read_text() == expected
+    (mirror.folder / "tensorboard").mkdir()
+    (mirror.folder / "tensorboard" / "events").write_text("events")
+    metrics.close()
+    mirror.close()
+    assert names(str(run)) == ["metrics.jsonl", "tensorboard/events"]
+    assert not mirror.folder.exists()
+
+
+def test_records_that_cannot_be_uploaded_stop_no_run(monkeypatch, caplog):
+    mirror = Mirror(any_path(f"{ROOT}/run"))
+    write_records({"step": 1}, from_step=0, mirror=mirror).close()
+
+    def fails(file, to):
+        raise RuntimeError("the connection was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "upload", fails)
+        assert not mirror.upload()
+        mirror.close()
+    assert "the connection was lost" in caplog.text
+    assert f"stay in {mirror.folder}" in caplog.text
+    assert (mirror.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_an_upload_that_fails_is_tried_again_with_what_was_made(monkeypatch):
+    def work() -> bool:
+        with resumable_directory(f"{ROOT}/long", "state 1") as (folder, done):
+            resumed = "first" in done
+            (folder / "one").write_text("x")
+            done.add("first")
+        return resumed
+
+    def fails(file, to):
+        raise OSError("the connection was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "upload", fails)
+        with pytest.raises(OSError, match="connection"):
+            work()
+    assert work()
+    assert names(ROOT) == ["long/one"]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """(address, folder) of a web server that answers with the dates of its files."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}", folder
+        serving.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
+
+
+def test_what_a_web_server_changed_is_fetched_again(server):
+    pytest.importorskip("aiohttp")
+    address, folder = server
+    (folder / "a.txt").write_text("one")
+    first = fetched(f"{address}/a.txt")
+    assert first.read_text() == "one"
+    assert fetched(f"{address}/a.txt") == first
+    (folder / "a.txt").write_text("three")
+    assert fetched(f"{address}/a.txt").read_text() == "three"
+
+
+def test_options_of_a_path_are_kept():
+    given = UPath(f"{ROOT}/x", endpoint="somewhere")
+    assert any_path(given).storage_options == {"endpoint": "somewhere"}

@@ -38,6 +38,9 @@ def slow(*values) -> Any:
 MESHES = [name if name in ("one device", "fsdp 4 x tensor 2") else slow(name) for name in LAYOUTS]
 """Cases of tests on every layout: of the meshes, `make test` tries the one that splits most."""
 
+MODEL_MESHES = [case for name, case in zip(LAYOUTS, MESHES, strict=True) if name != "embed over tensor"]
+"""The same for whole models: where heads and channels are split alike only a head fits."""
+
 
 def llama(
     *, vocab: int = 64, embed: int = 16, layers: int = 2, heads: int = 4, kv_heads: int = 2, mlp: int = 32, tied=True

@@ -53,7 +53,7 @@ def save_parts(
     leaves = {"/".join(path): leaf for path, leaf in stacked_schema(config).items()}
     specs = {name: LeafSpec(leaf.shape, str(_dtype(leaf, kind))) for name, leaf in leaves.items()}
     arrays = {name: str(spec) for name, spec in specs.items()}
-    made_from = json.dumps({"source": source, "arrays": arrays, "compress": compress})
+    made_from = json.dumps({"source": source, "arrays": arrays, "compress": compress, "boot": _boot()})
     total = sum(spec.bytes for spec in specs.values())
     with resumable_directory(target, made_from) as (folder, done):
         stores = {
@@ -73,6 +73,13 @@ def save_parts(
         write_description(folder, config, specs)
         if write_tokenizer is not None:
             write_tokenizer(folder)
+
+
+@functools.cache
+def _boot() -> str:
+    """Which start of the machine this is; "" where the system does not say."""
+    name = Path("/proc/sys/kernel/random/boot_id")
+    return name.read_text().strip() if name.exists() else ""
 
 
 class _InFlight:
@@ -128,8 +135,8 @@ def _create(folder: Path, name: str, leaf: StackedSpec, dtype: np.dtype, *, comp
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:
-    # Files are made durable all at once, in the end.
-    local = {"driver": "file", "path": f"{folder}/", "file_io_sync": False}
+    # Files are made durable all at once, in the end: what is there when the machine starts anew may lack some.
+    local = {"driver": "file", "path": f"{folder}/", "file_io_sync": not _boot()}
     base = f"{folder}/" if is_remote(folder) else local
     return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
 

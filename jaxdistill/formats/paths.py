@@ -32,7 +32,7 @@ def any_path(path: AnyPath) -> Path:
     if "://" not in text:
         return Path(text).expanduser()
     try:
-        found = UPath(text)
+        found = path if isinstance(path, UPath) else UPath(text)
         _ = found.fs
     except (ValueError, ImportError) as error:
         raise ValueError(
@@ -63,12 +63,17 @@ def remove_tree(path: Path) -> None:
 
 
 def state_of(file: Path) -> str:
-    """What changes when a file's content does."""
-    if is_remote(file):
-        store, name = store_of(file)
+    """What changes when a file's content does. Two calls differ where its server does not say."""
+    if not is_remote(file):
+        found = file.stat()
+        return f"{found.st_size} {found.st_mtime_ns}"
+    store, name = store_of(file)
+    if "http" not in store.protocol:
         return str(store.ukey(name))
-    found = file.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
+    # Of these fsspec takes the address for the state.
+    info = store.info(name)
+    told = {field: info[field] for field in ("ETag", "Last-Modified", "Content-MD5", "Digest") if field in info}
+    return f"{info['size']} {told}" if told else secrets.token_hex()
 
 
 def store_of(path: Path) -> tuple[Any, str]:
@@ -105,8 +110,7 @@ def copied_for_orbax(path: Path) -> Iterator[Path]:
     if not needs_a_copy(path):
         yield path
         return
-    cache_directory().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_directory()) as folder:
+    with tempfile.TemporaryDirectory(dir=scratch()) as folder:
         copy = Path(folder) / path.name
         _download(path, _files_of(path), copy)
         yield copy
@@ -133,6 +137,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("JAXDISTILL_CACHE") or "~/.cache/jaxdistill").expanduser()
 
 
+def scratch() -> Path:
+    """Where temporary copies are made: a system's own place for them is often in memory."""
+    place = cache_directory() / "temporary"
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def staging_of(destination: Path) -> Path:
     """The local directory where what a remote one shall hold is made."""
     return cache_directory() / "unfinished" / hashlib.sha256(str(destination).encode()).hexdigest()[:32]
@@ -147,10 +158,10 @@ def atomic_file(path: AnyPath) -> Iterator[BinaryIO]:
     """
     destination = any_path(path)
     if is_remote(destination):
-        with tempfile.NamedTemporaryFile() as file:
+        with tempfile.NamedTemporaryFile(dir=scratch()) as file:
             yield file  # pyright: ignore[reportReturnType]
             file.flush()
-            _upload(Path(file.name), destination)
+            upload(Path(file.name), destination)
         return
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(destination, "tmp")
@@ -188,7 +199,7 @@ def atomic_directory(path: AnyPath, *, replace: bool = False) -> Iterator[Path]:
     if is_remote(destination):
         if not replace:
             _refuse_existing(destination)
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory(dir=scratch()) as temporary:
             yield Path(temporary)
             upload_tree(Path(temporary), destination, replace=replace)
         return
@@ -257,6 +268,9 @@ def resumable_directory(path: AnyPath, made_from: str) -> Iterator[tuple[Path, D
             raise FileExistsError(f"another process is writing {destination}. Wait for it, or stop it.") from None
         file.seek(0)
         first, *names = file.read().split("\n")
+        # Of a process that was killed while it wrote a file.
+        for left in list(partial.rglob(".*.tmp-*")):
+            _remove(left)
         if first != head:
             _empty(partial, but=progress)
             file.truncate(0)
@@ -265,36 +279,39 @@ def resumable_directory(path: AnyPath, made_from: str) -> Iterator[tuple[Path, D
         # On a line of its own, where the last name was cut off.
         file.write("\n")
         yield partial, Done(file, names[:-1])
-        progress.unlink()
         if is_remote(destination):
-            upload_tree(partial, destination)
+            upload_tree(partial, destination, but=progress)
             shutil.rmtree(partial)
             return
         _sync_tree(partial)
         _refuse_existing(destination)
+        progress.unlink()
         os.rename(partial, destination)
     _sync_directory(destination.parent)
 
 
-def _upload(file: Path, destination: Path) -> None:
+def upload(file: Path, destination: Path) -> None:
     """Object stores show a file when all of it has arrived."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     store, name = store_of(destination)
     store.put_file(str(file), name)
 
 
-def upload_tree(folder: Path, destination: Path, *, replace: bool = False) -> None:
-    """Copies a directory into an object store, the largest files first: what says that a directory is a model is small
-    and comes last. On an error nothing of it stays. With `replace` all is uploaded under another name before what is
-    there is deleted."""
+_DESCRIPTIONS = ("config.json", "jaxdistill.json")
+"""What tells that a directory is a model."""
+
+
+def upload_tree(folder: Path, destination: Path, *, replace: bool = False, but: Path | None = None) -> None:
+    """Copies a directory (`but` one file) into an object store; what says that a directory is a model comes last. On
+    an error nothing of it stays. With `replace` all is uploaded under another name before what is there is deleted."""
     if not replace:
         _refuse_existing(destination)
     place = _sibling(destination, "tmp") if replace else destination
     store, name = store_of(place)
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in folder.rglob("*") if file.is_file() and file != but]
     try:
-        for file in sorted(files, key=lambda file: -file.stat().st_size):
-            _upload(file, place / file.relative_to(folder).as_posix())
+        for file in sorted(files, key=lambda file: (file.name in _DESCRIPTIONS, -file.stat().st_size)):
+            upload(file, place / file.relative_to(folder).as_posix())
     except BaseException as error:
         remove_tree(place)
         if isinstance(error, OSError):
@@ -307,10 +324,15 @@ def upload_tree(folder: Path, destination: Path, *, replace: bool = False) -> No
 
 def _empty(directory: Path, *, but: Path) -> None:
     for entry in directory.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry != but:
-            entry.unlink()
+        if entry != but:
+            _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
 
 
 def _refuse_existing(destination: UPath | Path) -> None:
@@ -334,10 +356,7 @@ def _swap(new: Path, destination: Path) -> None:
     except BaseException:
         os.rename(old, destination)
         raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old)
-    else:
-        old.unlink()
+    _remove(old)
 
 
 def _sibling(path: Path, kind: str) -> Path:

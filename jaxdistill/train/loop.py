@@ -103,6 +103,7 @@ class _Run:
         self.config, self.checkpoints = config, checkpoints
         self.directory = directory
         self.say, self.clock = progress.Say(), progress.Clock()
+        self.records: progress.Mirror | None = None
         self.sinks: list[Any] = []
         self.plan = self._saved_plan() if saved.get("pruned") else None
         self.held_out: dict[str, float] = saved.get("held_out", {})
@@ -235,12 +236,14 @@ class _Run:
         log = self.config.log
         with contextlib.ExitStack() as stack:
             if jax.process_index() == 0:
-                self.sinks = [progress.MetricsFile(self.directory / "metrics.jsonl", from_step=self.step)]
+                self.records = progress.Mirror(self.directory)
+                stack.callback(self.records.close)
+                self.sinks = [progress.MetricsFile(self.records.file("metrics.jsonl"), from_step=self.step)]
                 if log.tensorboard:
-                    self.sinks.append(progress.TensorBoard(self.directory / "tensorboard", from_step=self.step))
+                    self.sinks.append(progress.TensorBoard(self.records.folder / "tensorboard", from_step=self.step))
                 if log.wandb_project is not None:
                     document = as_document(self.config)
-                    self.sinks.append(progress.WeightsAndBiases(log.wandb_project, self.directory, document))
+                    self.sinks.append(progress.WeightsAndBiases(log.wandb_project, self.records.folder, document))
             for sink in self.sinks:
                 stack.callback(sink.close)
             yield
@@ -332,6 +335,8 @@ class _Run:
     def _write(self, record: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink.write(record)
+        if self.records is not None:
+            self.records.tick()
 
     def _evaluate_held_out(self) -> None:
         with self.clock.measure("evaluate held-out"):
@@ -371,6 +376,8 @@ class _Run:
             "data": {name: value for name, value in data.items() if name != "shards"},
         }
         metric = metric if self.evaluated_at == self.step else None
+        if self.records is not None:
+            self.records.upload()  # a resume begins behind these lines
         self.checkpoints.save(self.step, self.state, data["shards"], info, metric=metric)
         self.saved_at = self.step
 

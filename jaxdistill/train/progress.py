@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import logging
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill.formats.paths import is_remote, write_text
+from jaxdistill.formats.paths import is_remote, remove_tree, scratch, state_of, upload, write_text
 from jaxdistill.types import Mean
+
+_log = logging.getLogger(__name__)
 
 
 def host_sum(total: dict[str, Mean], part: Mapping[str, Mean]) -> dict[str, Mean]:
@@ -65,16 +69,61 @@ class Interval:
         return record | ({"skipped": self.skipped} if self.skipped else {})
 
 
+class Mirror:
+    """Where a run's records are written: its directory, or, of one in an object store, where no file can grow, a
+    directory on a disk whose files are uploaded anew now and then. Records that cannot be uploaded stop no run."""
+
+    EVERY_SECONDS = 30.0
+
+    def __init__(self, directory: Path):
+        self.folder, self._directory = directory, directory
+        self._sent: dict[Path, str] = {}
+        self._at = time.monotonic()
+        if is_remote(directory):
+            self.folder = Path(tempfile.mkdtemp(dir=scratch()))
+
+    def file(self, name: str) -> Path:
+        """Where to write a file, with what it has so far."""
+        file, remote = self.folder / name, self._directory / name
+        if file != remote and remote.exists():
+            file.write_bytes(remote.read_bytes())
+        return file
+
+    def tick(self) -> None:
+        """Uploads what is new, when the last time is long ago."""
+        if time.monotonic() - self._at > self.EVERY_SECONDS:
+            self.upload()
+
+    def upload(self) -> bool:
+        """Uploads what is new; whether nothing is left to."""
+        if self.folder == self._directory:
+            return True
+        self._at = time.monotonic()
+        for file in (file for file in self.folder.rglob("*") if file.is_file()):
+            if (state := state_of(file)) == self._sent.get(file):
+                continue
+            try:
+                upload(file, self._directory / file.relative_to(self.folder).as_posix())
+            except Exception as error:  # of every kind of store its own
+                _log.warning("%s was not uploaded to %s (%s); tried again later", file, self._directory, error)
+                return False
+            self._sent[file] = state
+        return True
+
+    def close(self) -> None:
+        if not self.upload():
+            _log.warning("the records of %s stay in %s", self._directory, self.folder)
+        elif self.folder != self._directory:
+            remove_tree(self.folder)
+
+
 class MetricsFile:
     """RUN/metrics.jsonl, one object per line; a resumed run continues it and drops lines of steps it will repeat."""
 
     def __init__(self, path: Path, *, from_step: int):
-        if path.exists() and from_step == 0:
-            path.unlink()  # nothing of it was saved
-        kept = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in kept if _step_of(line) <= from_step]
-        write_text(path, "".join(kept))
-        self._file = RemoteLines(path, kept) if is_remote(path) else path.open("a")
+        kept = path.read_text().splitlines(keepends=True) if path.exists() and from_step > 0 else []
+        write_text(path, "".join(line for line in kept if _step_of(line) <= from_step))
+        self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(finite(record)) + "\n")
@@ -82,27 +131,6 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-class RemoteLines:
-    """A text file in an object store that grows: written anew, seldom, since nothing can be appended there."""
-
-    EVERY_SECONDS = 30.0
-
-    def __init__(self, path: Path, lines: list[str]):
-        self._path, self._lines, self._written, self._at = path, lines, len(lines), time.monotonic()
-
-    def write(self, line: str) -> None:
-        self._lines.append(line)
-
-    def flush(self) -> None:
-        if time.monotonic() - self._at > self.EVERY_SECONDS:
-            self.close()
-
-    def close(self) -> None:
-        if self._written < len(self._lines):
-            write_text(self._path, "".join(self._lines))
-            self._written, self._at = len(self._lines), time.monotonic()
 
 
 def _step_of(line: str) -> float:

@@ -14,6 +14,7 @@ import pytest
 from tiny import TINY_MODELS, family_models, lacking, llama
 from tiny import params as tiny_params
 
+from jaxdistill.checkpoint import parts
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.model import describe, load_model_checkpoint, save_model
 from jaxdistill.checkpoint.parts import SavedInParts, save_parts
@@ -125,6 +126,34 @@ def test_parts_of_another_state_are_not_kept(change, tmp_path):
     dtype = change.get("dtype", "float32")
     expected = jax.tree.map(lambda x: x.astype(dtype), new)
     assert_equal(load_model_checkpoint(tmp_path / "model", layout=Layout(), dtype=dtype)[1], expected)
+
+
+def test_parts_from_before_the_machine_started_anew_are_not_kept(tmp_path, monkeypatch):
+    """They may not all have reached the disk, and an array reads as zeros where they are missing."""
+    config = llama()
+    params, options = tiny_params(config), {"dtype": "float32", "source": "it"}
+    with pytest.raises(Interrupted):
+        save_parts(tmp_path / "model", Counting(config, params, 9), **options)
+    monkeypatch.setattr(parts, "_boot", lambda: "another")
+    again = Counting(config, params)
+    save_parts(tmp_path / "model", again, **options)
+    assert len(again.read_names) == len([*part_names(config)])
+
+
+def test_what_a_killed_process_was_writing_is_not_kept(tmp_path):
+    def work() -> None:
+        with resumable_directory(tmp_path / "x", "it") as (folder, done):
+            if "first" in done:
+                return
+            (folder / "first").write_text("x")
+            done.add("first")
+            (folder / ".second.tmp-0123abcd").write_text("half")
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        work()
+    work()
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["first"]
 
 
 def test_one_process_writes_a_directory(tmp_path):

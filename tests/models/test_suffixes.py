@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LAYOUTS, assert_gradients_close, llama
-from tiny import MESHES as LAYOUT_NAMES
+from tiny import LAYOUTS, MODEL_MESHES, assert_gradients_close, llama
 from tiny import params as tiny_params
 
 from jaxdistill.checkpoint.model import load_model_checkpoint, save_model
@@ -142,7 +141,7 @@ def test_the_input_is_the_sum_of_both_embeddings():
     np.testing.assert_allclose(given, np.asarray(params["embedding"]["kernel"])[rows.tokens] + second, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", LAYOUT_NAMES)
+@pytest.mark.parametrize("name", MODEL_MESHES)
 def test_every_mesh_gives_the_same(name):
     """Also where a row, and so the bytes of a token, is spread over devices."""
     layout, rows = LAYOUTS[name](), rows_of_bytes()
