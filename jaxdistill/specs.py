@@ -67,6 +67,10 @@ class Rope:
     fraction: float = 1.0
     """The share of a head's dimensions that turns, the first ones; the others do not."""
 
+    def rotated_dimensions(self, head_dim: int) -> int:
+        """How many of a head's dimensions turn, rounded down."""
+        return int(head_dim * self.fraction)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Norm:
@@ -107,6 +111,23 @@ class Attention:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need a positive even number.")
+        if self.rope is not None:
+            self._check_rope(self.rope)
+
+    def _check_rope(self, rope: Rope) -> None:
+        rotated = rope.rotated_dimensions(self.head_dim)
+        if rotated % 2:
+            raise ValueError(
+                f"a share (partial_rotary_factor) of {rope.fraction} of head_dim {self.head_dim} is {rotated} rotated "
+                "dimensions; they turn in pairs, so an even number is needed."
+            )
+        if isinstance(rope.scaling, LongRope):
+            counts = {"short_factor": len(rope.scaling.short), "long_factor": len(rope.scaling.long)}
+            if {*counts.values()} != {rotated // 2}:
+                raise ValueError(
+                    f"LongRoPE has so many factors: {counts}; {rotated // 2} are needed, one for each pair of rotated "
+                    "dimensions."
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
     python tools/convert_gguf.py MODEL.gguf DESTINATION --to hf --dtype bfloat16
 
 Tensors are dequantised one at a time by the reference implementation (the `gguf` package), so every kind that it knows
-is read: Q4_0 to Q8_0, K-quants, IQ. The same as `jaxdistill convert`.
+is read: Q4_0 to Q8_0, K-quants, IQ, ternary, MXFP4 and NVFP4. The same as `jaxdistill convert`.
 """
 
 from __future__ import annotations

@@ -28,11 +28,6 @@ def query_block(length: int) -> int:
     return max(QUERY_BLOCK, -(-length // MAX_BLOCKS))
 
 
-def rotated_dimensions(rope: Rope, head_dim: int) -> int:
-    """How many of a head's dimensions turn: an even number."""
-    return int(head_dim * rope.fraction) // 2 * 2
-
-
 def rope_frequencies(rope: Rope, head_dim: int, *, length: int) -> np.ndarray:
     """Radians per position of each of the rotations, context extension included (float64). length: of the rows, for
     rules that depend on it.
@@ -40,7 +35,7 @@ def rope_frequencies(rope: Rope, head_dim: int, *, length: int) -> np.ndarray:
     Sources: RoFormer, arXiv 2104.09864 (eq. 15); position interpolation, arXiv 2306.15595; Llama 3.1's ramp as in the
     released model code; YaRN, arXiv 2309.00071, and LongRoPE, arXiv 2402.13753, as in transformers.
     """
-    dimensions = rotated_dimensions(rope, head_dim)
+    dimensions = rope.rotated_dimensions(head_dim)
     frequencies = rope.theta ** -(np.arange(0, dimensions, 2) / dimensions)
     match rope.scaling:
         case None:

@@ -132,7 +132,7 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
         by_architecture = {f.gguf_architecture: f for f in FAMILIES.values() if f.gguf_architecture}
         family = _known(f"{where}: general.architecture", architecture, by_architecture)
         assert family.from_gguf is not None
-        config = family.from_gguf(source.metadata, source.names())
+        config = family.from_gguf(source.metadata, source.names(), source.read)
         yield Checkpoint(config, family, source, functools.partial(family.gguf_stored, config))
 
 

@@ -110,6 +110,10 @@ def with_rope(config: ModelConfig, rope: Rope) -> ModelConfig:
     return dataclasses.replace(config, layers=(layer,) * len(config.layers))
 
 
+def unread(name: str) -> np.ndarray:
+    raise AssertionError(f"{name} was read")
+
+
 def without(fields: dict, *names: str) -> dict:
     return {k: v for k, v in fields.items() if k not in names}
 
@@ -125,7 +129,7 @@ def test_published_config_in_the_layout_of_transformers_5():
 
 
 def test_published_config_as_gguf_metadata():
-    assert LLAMA.from_gguf(SMOLLM2_GGUF, {"token_embd.weight"}) == SMOLLM2_CONFIG
+    assert LLAMA.from_gguf(SMOLLM2_GGUF, {"token_embd.weight"}, unread) == SMOLLM2_CONFIG
 
 
 @pytest.mark.parametrize(
@@ -195,12 +199,12 @@ def test_all_refused_fields_are_named_at_once():
         ({"llama.rope.dimension_count": 32}, (), "rope.dimension_count"),
         ({"llama.attention.head_count_kv": [3, 3]}, (), "head_count_kv"),
         ({"split.count": 2}, (), "2 parts"),
-        ({}, ("rope_freqs.weight",), "rope_freqs.weight"),
+        ({}, ("rope_factors_long.weight",), "rope_factors_long.weight"),
     ],
 )
 def test_gguf_key_or_tensor_that_would_change_outputs_is_refused_by_name(fields, tensors, named):
     with pytest.raises(ConfigError, match=named):
-        LLAMA.from_gguf(SMOLLM2_GGUF | fields, tensors)
+        LLAMA.from_gguf(SMOLLM2_GGUF | fields, tensors, unread)
 
 
 def test_gguf_metadata_without_optional_keys():
@@ -208,11 +212,63 @@ def test_gguf_metadata_without_optional_keys():
     fields |= {"tokenizer.ggml.tokens": ["a", "b", "c"], "llama.rope.scaling.type": "linear"}
     fields |= {"llama.rope.scaling.factor": 0.30000001192092896 * 10}
     tensors = {"output.weight", "blk.0.attn_q.bias", "blk.0.ffn_up.bias"}
-    config = LLAMA.from_gguf(fields, tensors)
+    config = LLAMA.from_gguf(fields, tensors, unread)
     rope = Rope(theta=10_000.0, scaling=LinearScaling(factor=3.0))
     mixer = Attention(heads=9, kv_heads=9, head_dim=64, bias=True, output_bias=False, rope=rope)
     assert config.layers[7] == LayerSpec(mixer=mixer, ffn=GatedMLP(mlp=1536, bias=True))
     assert (config.vocab, config.tied) == (3, False)
+
+
+LLAMA_32_GGUF = {
+    "llama.block_count": 16,
+    "llama.context_length": 131072,
+    "llama.embedding_length": 2048,
+    "llama.feed_forward_length": 8192,
+    "llama.attention.head_count": 32,
+    "llama.attention.head_count_kv": 8,
+    "llama.attention.key_length": 64,
+    "llama.attention.value_length": 64,
+    "llama.rope.freq_base": 500000.0,
+    "llama.rope.dimension_count": 64,
+    "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+    "llama.vocab_size": 128256,
+}
+"""Of Llama 3.2 1B."""
+
+
+def llama3_factors(factor: float, *, original: int = 8192) -> np.ndarray:
+    """By how much the rule of Llama 3.1 divides each frequency of Llama 3.2 1B, as float32."""
+    found = []
+    for i in range(32):
+        turns = np.float32(original * 500_000.0 ** (-i / 32) / (2 * math.pi))
+        kept = (turns - 1) / np.float32(3)
+        found.append(1.0 if turns > 4 else factor if turns < 1 else 1 / (kept + (1 - kept) / factor))
+    return np.array(found, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0, 3.3])
+def test_gguf_files_of_llama_3_1_to_3_3_hold_factors_of_their_frequencies(factor):
+    factors = llama3_factors(factor)
+    assert len({*factors.tolist()}) > 4  # some are on the ramp
+    config = LLAMA.from_gguf(LLAMA_32_GGUF, {"rope_freqs.weight"}, {"rope_freqs.weight": factors}.__getitem__)
+    assert config.layers[0].mixer.rope == Rope(theta=5e5, scaling=dataclasses.replace(LLAMA3, factor=factor))
+    assert count_parameters(config) == 1_235_814_400
+
+
+@pytest.mark.parametrize(
+    ("factors", "fields"),
+    [
+        (llama3_factors(32.0, original=8000), {}),
+        (llama3_factors(32.0) * np.linspace(1, 1.01, 32, dtype=np.float32), {}),
+        (llama3_factors(32.0)[:16], {}),
+        (np.full(32, np.nan, np.float32), {}),
+        (np.zeros(32, np.float32), {}),
+        (llama3_factors(32.0), {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}),
+    ],
+)
+def test_other_factors_in_a_gguf_file_are_refused(factors, fields):
+    with pytest.raises(ConfigError, match=r"rope_freqs.weight = .*Llama 3.1 to 3.3.*config.json"):
+        LLAMA.from_gguf(LLAMA_32_GGUF | fields, {"rope_freqs.weight"}, {"rope_freqs.weight": factors}.__getitem__)
 
 
 @pytest.mark.parametrize("rope", [Rope(theta=3.5), Rope(scaling=LinearScaling(factor=2.0)), Rope(scaling=LLAMA3)])
@@ -380,6 +436,15 @@ PUBLISHED = {
         "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
         "cache_implementation": "hybrid",
     }, 2_614_341_888),
+    # Gemma 2 9B
+    "gemma2 9B": ({
+        "vocab_size": 256000, "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_size": 4096,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "attention_bias": False,
+    }, 9_241_705_984),
     # Gemma 3 1B
     "gemma3_text": ({
         "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
@@ -396,6 +461,16 @@ PUBLISHED = {
         "sliding_window": 262144, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_bias": False,
         "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
     }, 3_821_079_552),
+    # Phi-4-mini (its factors are left out)
+    "phi3 4-mini": ({
+        "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "sliding_window": 262144, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        "attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1,
+        "interpolate_factor": 1, "tie_word_embeddings": True,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+    }, 3_836_021_760),
     # OLMo 2 1B
     "olmo2": ({
         "vocab_size": 100352, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -428,20 +503,26 @@ PUBLISHED = {
         "router_aux_loss_coef": 0.001, "tie_word_embeddings": False,
     }, 30_532_122_624),
 }  # fmt: skip
-"""Fields of published models as transformers 4 wrote them, and how many parameters their pages say they have."""
+"""Fields of published models as transformers 4 wrote them, and how many parameters their pages say they have; by
+family, and what else it takes to tell them apart."""
+
+
+LONG = PUBLISHED["phi3"][0]["rope_scaling"]
+WINDOWED = ["full_attention"] * 27 + ["sliding_attention"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_the_published_number_of_parameters(name):
     fields, parameters = PUBLISHED[name]
-    config = FAMILIES[name].from_hf(fields)
+    family = FAMILIES[name.split()[0]]
+    config = family.from_hf(fields)
+    assert config.family == name.split()[0]
     assert count_parameters(config) == parameters
-    assert FAMILIES[name].from_hf(json.loads(json.dumps(check_exportable(config)))) == config
+    assert family.from_hf(json.loads(json.dumps(check_exportable(config)))) == config
 
 
-def test_table_is_keyed_by_the_model_types_of_its_families():
-    assert {*FAMILIES} == {"llama", "mixtral", *PUBLISHED}
-    assert all(FAMILIES[name].from_hf(fields).family == name for name, (fields, _) in PUBLISHED.items())
+def test_every_family_has_a_published_model():
+    assert {*FAMILIES} == {"llama", "mixtral", *(name.split()[0] for name in PUBLISHED)}
 
 
 def test_windows_and_rotations_of_gemma_3():
@@ -483,20 +564,100 @@ def test_attention_factors_of_longer_contexts():
         ("qwen2", {"use_mrope": True}, "use_mrope"),
         ("qwen2", {"layer_types": ["linear_attention"] * 24}, "linear_attention"),
         ("qwen3", {"layer_types": ["full_attention"]}, "one for each of 28"),
+        ("qwen3", {"layer_types": WINDOWED}, r"no window.* use_sliding_window is False"),
+        ("qwen3", {"layer_types": WINDOWED, "use_sliding_window": True}, "sliding_window is None"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 36}, "no window"),
         ("gemma", {"hidden_act": "silu"}, "gelu_pytorch_tanh"),
+        ("gemma", {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'; allowed: gelu_pytorch_tanh"),
+        ("gemma", {"sliding_window_size": 4096}, "sliding_window_size"),
+        ("gemma2", {"sliding_window": None}, "no window"),
+        ("gemma2 9B", {"sliding_window_size": 4095}, "sliding_window_size = 4095, and sliding_window is 4096"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_theta": 7.0}}}, "rope_local_base_freq"),
         ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "longrope"),
+        ("phi3", {"rope_scaling": LONG | {"short_factor": [True] * 48}}, r"short_factor\[0\] = True"),
+        ("phi3", {"rope_scaling": LONG | {"short_factor": [1.0] * 47 + [math.inf]}}, r"short_factor\[47\] = inf"),
+        ("phi3", {"rope_scaling": LONG | {"long_factor": [0.0] * 48}}, r"long_factor\[0\] = 0.0"),
+        ("phi3 4-mini", {"full_attn_mod": 2}, "full_attn_mod"),
+        ("phi3 4-mini", {"interpolate_factor": 4}, "interpolate_factor"),
+        ("phi3 4-mini", {"lm_head_bias": True}, "lm_head_bias"),
+        ("phi3 4-mini", {"mlp_bias": True}, "mlp_bias"),
         ("olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
         ("nemotron", {"partial_rotary_factor": 0.0}, "partial_rotary_factor"),
+        ("nemotron", {"kv_channels": 64}, "kv_channels = 64, and head_dim is 128"),
+        ("nemotron", {"rope_percent": 1.0}, "rope_percent = 1.0, and partial_rotary_factor is 0.5"),
+        ("nemotron", {"rope_percentage": True}, "rope_percentage"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
+        ("qwen3_moe", {"num_experts": 2**31 - 1}, "num_experts.* at most 100000"),
+        ("qwen3_moe", {"num_experts": 2084}, "2084 experts .* each of 48 layers"),
     ],
 )  # fmt: skip
 def test_what_a_family_does_not_do_is_refused_by_name(name, fields, named):
     with pytest.raises(ConfigError, match=named):
+        FAMILIES[name.split()[0]].from_hf(PUBLISHED[name][0] | fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "named"),
+    [
+        # Part of a head, but not in pairs: 3 of 6 dimensions, of which transformers rotates 4.
+        ("nemotron", {"head_dim": 6}, "is 3 rotated"),
+        ("phi3", {"rope_scaling": LONG | {"short_factor": [3.0]}}, r"'short_factor': 1, .* 48 are needed"),
+        ("phi3", {"rope_scaling": LONG | {"long_factor": [3.0] * 49}}, r"'long_factor': 49\}; 48 are needed"),
+    ],
+)
+def test_rotations_that_cannot_be_are_refused(name, fields, named):
+    with pytest.raises(ValueError, match=named):
         FAMILIES[name].from_hf(PUBLISHED[name][0] | fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("nemotron", {"kv_channels": 128, "rope_percent": 0.5, "rope_percentage": 0.5}),
+        ("nemotron", {"kv_channels": None, "rope_percent": None}),
+        ("gemma", {"hidden_activation": "gelu_pytorch_tanh"}),
+        ("gemma", {"hidden_activation": None}),
+    ],
+)
+def test_other_names_of_a_field_change_nothing(name, fields):
+    family, published = FAMILIES[name], PUBLISHED[name][0]
+    assert family.from_hf(published | fields) == family.from_hf(published)
+
+
+@pytest.mark.parametrize("given", [{}, {"original_max_position_embeddings": 8192}])
+def test_the_original_context_of_a_phi_is_not_among_the_fields_of_its_scaling(given):
+    """transformers has a default beside them, and takes it before what is among them."""
+    fields = without(PUBLISHED["phi3"][0], "original_max_position_embeddings")
+    rope = FAMILIES["phi3"].from_hf(fields | {"rope_scaling": LONG | given}).layers[0].mixer.rope
+    assert rope == FAMILIES["phi3"].from_hf(PUBLISHED["phi3"][0]).layers[0].mixer.rope
+    assert rope.scaling.original_length == 4096
+
+
+def test_the_scaling_of_a_phi_is_written_for_transformers_4_too():
+    """It takes three fields and no other; an attention factor of its own is for transformers 5 alone."""
+    config = FAMILIES["phi3"].from_hf(PUBLISHED["phi3"][0])
+    written = check_exportable(config)
+    assert written["rope_scaling"] == {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    own = FAMILIES["phi3"].from_hf(PUBLISHED["phi3"][0] | {"rope_scaling": LONG | {"attention_factor": 1.5}})
+    assert check_exportable(own)["rope_scaling"]["attention_factor"] == 1.5
+
+
+def test_a_phi_that_transformers_would_count_other_factors_for_is_not_written():
+    config = FAMILIES["phi3"].from_hf(PUBLISHED["phi3"][0])
+    with pytest.raises(ConfigError, match=r"48 factors.* embed 1536 and 32 query heads .* only with 24"):
+        check_exportable(dataclasses.replace(config, embed=1536))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_a_gemma_without_windows_is_written_with_one_all_the_same(name):
+    """transformers makes its mask before it looks for layers with one."""
+    fields = PUBLISHED[name][0] | {"layer_types": ["full_attention"] * 26}
+    config = FAMILIES[name].from_hf(fields)
+    assert {spec.mixer.window for spec in config.layers} == {None}
+    assert check_exportable(config)["sliding_window"] == 4096
 
 
 MIXTRAL_8X7B = {
@@ -550,7 +711,10 @@ def test_a_mixtral_without_its_fields_has_the_defaults_of_transformers():
     assert own_keys.layers[0].mixer.kv_heads == 4
 
 
-@pytest.mark.parametrize("change", [{"router_jitter_noise": 0.1}, {"attention_bias": True}, {"mlp_bias": True}])
+@pytest.mark.parametrize(
+    "change",
+    [{"router_jitter_noise": 0.1}, {"attention_bias": True}, {"mlp_bias": True}, {"num_local_experts": 2**31 - 1}],
+)
 def test_what_a_mixtral_here_does_not_do_is_refused_by_name(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         MIXTRAL.from_hf(MIXTRAL_8X7B | change)

@@ -131,7 +131,14 @@ def test_dtype_of_the_parameters_is_the_callers():
     assert_equal_params(jax.tree.map(lambda x: x.astype(jnp.float32), params), exact)
 
 
-def write_gguf(path: Path, name: str, encoding: gguf.GGMLQuantizationType, *, embed_key: str = "output.weight") -> None:
+def write_gguf(
+    path: Path,
+    name: str,
+    encoding: gguf.GGMLQuantizationType,
+    *,
+    theta: float = 500.0,
+    rope_factors: np.ndarray | None = None,
+) -> None:
     """A golden model as llama.cpp would convert it: its names, its row order of query and key."""
     fields = json.loads((golden(name) / "config.json").read_text())
     tensors = {k: v for f in sorted(golden(name).glob("*.safetensors")) for k, v in load_file(f).items()}
@@ -147,7 +154,9 @@ def write_gguf(path: Path, name: str, encoding: gguf.GGMLQuantizationType, *, em
     writer.add_value_length(8)
     writer.add_rope_dimension_count(8)
     writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
-    writer.add_rope_freq_base(500.0)
+    writer.add_rope_freq_base(theta)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
     writer.add_vocab_size(fields["vocab_size"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, fields["num_hidden_layers"])
     for hf_name, tensor in tensors.items():
@@ -182,6 +191,21 @@ def test_gguf_holds_the_same_parameters_as_the_directory(name, tmp_path):
     assert config.layers[0].mixer.bias == config.layers[0].mixer.output_bias == (name == "biases_linear")
     assert config.layers[0].mixer.rope.theta == 500.0
     assert config == model_config(tmp_path / "m.gguf")
+
+
+def test_gguf_with_factors_of_rotary_frequencies_is_the_directory_with_their_rule(tmp_path):
+    folder = copy("llama3_rope", tmp_path)
+    fields = json.loads((folder / "config.json").read_text())
+    fields["rope_parameters"] |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+    fields["rope_parameters"]["original_max_position_embeddings"] = 8192
+    (folder / "config.json").write_text(json.dumps(fields))
+    # Wavelengths of 6, 167, 4,443 and 118,141 tokens: the third is between 8192 / 4 and 8192.
+    kept = (8192 * 5e5**-0.5 / (2 * np.pi) - 1) / 3
+    factors = np.array([1, 1, 1 / (kept + (1 - kept) / 8), 8], np.float32)
+    write_gguf(tmp_path / "m.gguf", "llama3_rope", gguf.GGMLQuantizationType.F32, theta=5e5, rope_factors=factors)
+    (config, params), (expected, theirs) = read_model(tmp_path / "m.gguf"), read_model(folder)
+    assert config.layers == expected.layers
+    assert_equal_params(params, theirs)
 
 
 def test_missing_and_left_over_tensors_are_named(tmp_path):

@@ -16,6 +16,11 @@ from jaxdistill.sharding import Axes
 from jaxdistill.specs import MixtureOfExperts, ModelConfig
 
 MAX_LAYERS = 10_000
+MAX_EXPERTS = 100_000
+"""Of all layers together."""
+
+
+ReadTensor = Callable[[str], np.ndarray]
 
 
 class ConfigError(ValueError):
@@ -81,17 +86,17 @@ class Family:
     """One architecture: its configs in other formats and the table of its tensors.
 
     from_hf, to_hf: a Hugging Face config.json as a dict, and ours. to_hf may leave out what the architecture does not
-    have: what is written is read again and compared (`models.export`). from_gguf: GGUF metadata and tensor names to our
-    config; None where GGUF files are not read. tensors: keyed by our per-layer name with `*` for the layer's index.
-    dense: those of layers without a mixture, where some have one. ignored: patterns of stored names that hold nothing
-    that a config does not say.
+    have: what is written is read again and compared (`models.export`). from_gguf: GGUF metadata, tensor names and a
+    function that reads a tensor, to our config; None where GGUF files are not read. tensors: keyed by our per-layer
+    name with `*` for the layer's index. dense: those of layers without a mixture, where some have one. ignored:
+    patterns of stored names that hold nothing that a config does not say.
     """
 
     hf_architecture: str
     gguf_architecture: str | None = None
     from_hf: Callable[[Mapping[str, Any]], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
-    from_gguf: Callable[[Mapping[str, Any], Collection[str]], ModelConfig] | None = None
+    from_gguf: Callable[[Mapping[str, Any], Collection[str], ReadTensor], ModelConfig] | None = None
     tensors: Mapping[str, TensorNames]
     dense: Mapping[str, TensorNames] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from jaxdistill.models.families.family import ConfigError, Family, required_field
+from jaxdistill.models.families.family import ConfigError, required_field
 from jaxdistill.models.families.hf_decoder import (
     attention_from_hf,
     attentions,
@@ -25,7 +25,7 @@ from jaxdistill.models.families.hf_decoder import (
 )
 from jaxdistill.models.families.hf_fields import FULL, SLIDING, Fields
 from jaxdistill.models.families.hf_rope import WHAT, rope_from_hf, rope_to_hf
-from jaxdistill.models.families.llama import ATTENTION, GATED, IGNORED, PRE_NORMS, TABLES, norm
+from jaxdistill.models.families.llama import ATTENTION, GATED, PRE_NORMS, TABLES, member, norm
 from jaxdistill.models.families.qwen import HEAD_NORMS
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig, Norm, Rope
 
@@ -38,6 +38,8 @@ DEFAULTS: Mapping[Name, Mapping[str, Any]] = {
 """Where a file does not say: every which layer has no window, and the caps of attention's and the head's scores."""
 LOCAL_THETA, GLOBAL_THETA = 10_000.0, 1_000_000.0
 """Of Gemma 3, where a file does not say."""
+WINDOW = 4096
+"""Of Gemma 2 and 3, where a file does not say; transformers wants one even if no layer has it."""
 
 
 def from_hf(family: Name, fields: Mapping[str, Any]) -> ModelConfig:
@@ -68,7 +70,9 @@ def _layers(f: Fields, family: Name, attention: Callable[..., Attention], ffn: G
     if third:  # of transformers 4 and 5
         every = f.size("sliding_window_pattern", f.size("_sliding_window_pattern", every))
     ropes = _ropes(f) if third else dict.fromkeys((FULL, SLIDING), f.rope())
-    windows = {FULL: None, SLIDING: f.size_or_none("sliding_window", 4096)}
+    window = f.size_or_none("sliding_window", WINDOW)
+    f.repeated("sliding_window", window, "sliding_window_size")
+    windows = {FULL: None, SLIDING: window}
     options = {
         "scale": f.number("query_pre_attn_scalar", 256.0) ** -0.5,
         "soft_cap": f.number_or_none("attn_logit_softcapping", default["caps"][0]),
@@ -78,14 +82,17 @@ def _layers(f: Fields, family: Name, attention: Callable[..., Attention], ffn: G
         kind: LayerSpec(mixer=attention(rope=ropes[kind], window=windows[kind], **options), ffn=ffn, norms="both")
         for kind in (FULL, SLIDING)
     }
-    return [kinds[kind] for kind in f.layer_types(depth, lambda layer: SLIDING if (layer + 1) % every else FULL)]
+    found = f.layer_types(depth, window, lambda layer: SLIDING if (layer + 1) % every else FULL)
+    return [kinds[kind] for kind in found]
 
 
 def _check_gelu(f: Fields) -> None:
-    """The first files say "gelu" for its approximation, and some have two fields for it."""
-    for name in ("hidden_act", "hidden_activation"):
-        if (found := f.get(name)) not in (None, "gelu", "gelu_pytorch_tanh"):
-            raise ConfigError(f"config.json has {name} = {found!r}; allowed are gelu and gelu_pytorch_tanh.")
+    """The first files say "gelu" for its approximation in hidden_act. The newer field means what it says, to versions
+    of transformers that read it."""
+    approximation = "gelu_pytorch_tanh"
+    for name, allowed in (("hidden_act", (approximation, "gelu")), ("hidden_activation", (approximation,))):
+        if (found := f.get(name)) is not None and found not in allowed:
+            raise ConfigError(f"config.json has {name} = {found!r}; allowed: {' and '.join(allowed)}. Correct it.")
 
 
 def _ropes(f: Fields) -> dict[str, Rope]:
@@ -124,7 +131,7 @@ def to_hf(family: Name, config: ModelConfig) -> dict[str, Any]:
         "final_logit_softcapping": config.soft_cap,
         "layer_types": layer_types_to_hf(config),
         "query_pre_attn_scalar": round(scale**-2),
-        "sliding_window": window_of(config),
+        "sliding_window": window_of(config) or WINDOW,
     }
     ropes = rope_to_hf(next((mixer for mixer in mixers if mixer.window is None), first).rope)
     if family == "gemma2":
@@ -136,16 +143,6 @@ def to_hf(family: Name, config: ModelConfig) -> dict[str, Any]:
     return fields | ropes | old | {"rope_parameters": both}
 
 
-def _family(name: Name, architecture: str, tensors: dict[str, Any]) -> Family:
-    return Family(
-        hf_architecture=architecture,
-        from_hf=functools.partial(from_hf, name),
-        to_hf=functools.partial(to_hf, name),
-        tensors=tensors,
-        ignored=IGNORED,
-    )
-
-
 NORMS = {
     **norm("mixer.norm", "input_layernorm"),
     **norm("mixer.post_norm", "post_attention_layernorm"),
@@ -153,6 +150,6 @@ NORMS = {
     **norm("ffn.post_norm", "post_feedforward_layernorm"),
 }
 TENSORS = {**TABLES, **ATTENTION, **GATED}
-GEMMA = _family("gemma", "GemmaForCausalLM", {**TENSORS, **PRE_NORMS})
-GEMMA2 = _family("gemma2", "Gemma2ForCausalLM", {**TENSORS, **NORMS})
-GEMMA3 = _family("gemma3_text", "Gemma3ForCausalLM", {**TENSORS, **NORMS, **HEAD_NORMS})
+GEMMA = member("gemma", "GemmaForCausalLM", from_hf, to_hf, {**TENSORS, **PRE_NORMS})
+GEMMA2 = member("gemma2", "Gemma2ForCausalLM", from_hf, to_hf, {**TENSORS, **NORMS})
+GEMMA3 = member("gemma3_text", "Gemma3ForCausalLM", from_hf, to_hf, {**TENSORS, **NORMS, **HEAD_NORMS})

@@ -5,20 +5,23 @@ Facts about files: the key list of the ggml project and what llama.cpp's convert
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
+from jaxdistill.models.attention import rope_frequencies
 from jaxdistill.models.families.family import (
     ConfigError,
+    ReadTensor,
     check_fields,
     depth_of,
     positive,
     required_field,
     with_defaults,
 )
-from jaxdistill.specs import Attention, GatedMLP, LayerSpec, LinearScaling, ModelConfig, Rope
+from jaxdistill.specs import Attention, GatedMLP, LayerSpec, LinearScaling, Llama3Scaling, ModelConfig, Rope
 
 HANDLED = (
     *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "rope.freq_base"),
@@ -30,20 +33,28 @@ HARMLESS = ("tensor_data_layout", "rope.scaling.original_context_length", "rope.
 
 REQUIRED = {"expert_count": 0, "expert_used_count": 0}
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""The tensor by whose entries rotary frequencies are divided."""
 
-def config_from_gguf(family: str, metadata: Mapping[str, Any], tensors: Collection[str]) -> ModelConfig:
+LLAMA_31 = Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=8192)
+"""The rule of Llama 3.1 to 3.3, in some of them with another factor."""
+
+NO_RULE = "which do not say by which rule. Use the safetensors checkpoint of this model: its config.json does."
+
+
+def config_from_gguf(
+    family: str, metadata: Mapping[str, Any], tensors: Collection[str], read: ReadTensor
+) -> ModelConfig:
     """Our config from GGUF metadata; ties and biases show in which tensors are there.
 
-    family: ours, and the architecture's name in the keys. Raises ConfigError naming every field that it cannot honour.
+    family: ours, and the architecture's name in the keys. read: reads a tensor. Raises ConfigError naming every field
+    that it cannot honour.
     """
     what, prefix = f"the GGUF metadata under {family}", f"{family}."
     fields = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     check_fields(what, fields, handled={*HANDLED, *HARMLESS}, required=REQUIRED)
-    if factors := sorted(n for n in tensors if n.startswith("rope_")):
-        raise ConfigError(
-            f"the GGUF file scales its rotary frequencies by {factors}, which do not say by which rule. "
-            "Use the safetensors checkpoint of this model: its config.json does."
-        )
+    if factors := sorted(n for n in tensors if n.startswith("rope_") and n != ROPE_FACTORS):
+        raise ConfigError(f"the GGUF file scales its rotary frequencies by {factors}, {NO_RULE}")
     if metadata.get("split.count", 1) != 1:
         raise ConfigError(
             f"the GGUF file is one of {metadata['split.count']} parts; whole files are read. "
@@ -61,13 +72,16 @@ def config_from_gguf(family: str, metadata: Mapping[str, Any], tensors: Collecti
     for name in ("attention.value_length", "rope.dimension_count"):
         if fields.get(name, head_dim) != head_dim:
             raise ConfigError(f"{what} has {name} = {fields[name]}; allowed is {head_dim}, the length of a key.")
+    rope = _rope(what, fields)
+    if ROPE_FACTORS in tensors:
+        rope = _llama3(rope, head_dim, read(ROPE_FACTORS))
     mixer = Attention(
         heads=heads,
         kv_heads=required_field(what, fields, "attention.head_count_kv", int),
         head_dim=head_dim,
         bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
-        rope=_rope(what, fields),
+        rope=rope,
     )
     ffn = GatedMLP(mlp=required_field(what, fields, "feed_forward_length", int), bias="blk.0.ffn_up.bias" in tensors)
     return ModelConfig(
@@ -91,6 +105,23 @@ def _rope(what: str, fields: Mapping[str, Any]) -> Rope:
             return Rope(theta=theta, scaling=LinearScaling(factor=factor))
         case other:
             raise ConfigError(f"{what} has rope.scaling.type = {other!r}; allowed are 'none' and 'linear'.")
+
+
+def _llama3(rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
+    """The rule behind factors, which files do not say: that of Llama 3.1 to 3.3, if it gives these factors. What long
+    wavelengths are divided by is the largest of them."""
+    if rope.scaling is None and factors.shape == (head_dim // 2,) and 1 <= np.max(factors) < np.inf:
+        scaling = dataclasses.replace(LLAMA_31, factor=_decimal(np.max(factors)))
+        scaled = dataclasses.replace(rope, scaling=scaling)
+        plain, divided = (rope_frequencies(one, head_dim, length=1) for one in (rope, scaled))
+        # Writers compute the ramp in float32.
+        if np.allclose(plain / divided, factors, rtol=1e-4, atol=0):
+            return scaled
+    shown = np.array2string(factors.reshape(-1), threshold=6, precision=6)
+    raise ConfigError(
+        f"the GGUF file divides its rotary frequencies by {ROPE_FACTORS} = {shown} of shape {factors.shape}; allowed "
+        f"are the {head_dim // 2} factors of Llama 3.1 to 3.3 without another scaling: these are others, {NO_RULE}"
+    )
 
 
 def _decimal(value: float) -> float:

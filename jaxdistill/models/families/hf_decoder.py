@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxdistill.models.families.family import ConfigError, required_field
+from jaxdistill.models.families.family import MAX_EXPERTS, ConfigError, required_field
 from jaxdistill.models.families.hf_fields import FULL, HF_ACTIVATIONS, SLIDING, Fields
 from jaxdistill.models.families.hf_rope import WHAT
 from jaxdistill.specs import FFN, Attention, GatedMLP, LayerSpec, MixtureOfExperts, ModelConfig
@@ -37,6 +37,7 @@ def decoder_from_hf(
     **more: Any,
 ) -> ModelConfig:
     """A decoder of these layers, from the fields that describe the rest; epsilon, max_length, tied: their defaults."""
+    _check_experts(layers)
     return ModelConfig(
         family=family,
         vocab=f.size("vocab_size"),
@@ -47,6 +48,16 @@ def decoder_from_hf(
         max_length=f.size("max_position_embeddings", max_length),
         **more,
     )
+
+
+def _check_experts(layers: Sequence[LayerSpec]) -> None:
+    """Bounded as layers are, since every expert gets a description before a tensor is read."""
+    counts = [spec.ffn.experts for spec in layers if isinstance(spec.ffn, MixtureOfExperts)]
+    if sum(counts) > MAX_EXPERTS:
+        raise ConfigError(
+            f"{WHAT} has {max(counts)} experts (num_local_experts, num_experts) in each of {len(counts)} layers; at "
+            f"most {MAX_EXPERTS} in all layers together are read. Correct it."
+        )
 
 
 def attentions(config: ModelConfig) -> list[Attention]:

@@ -125,12 +125,27 @@ class Fields:
         given = {name: self.get(name) for name in (*names, "original_max_position_embeddings")}
         return rope_from_hf(given, theta=theta, fraction=fraction, **options)
 
-    def layer_types(self, depth: int, default: Callable[[int], str]) -> list[str]:
-        """The kind of every layer."""
+    def repeated(self, name: str, value: float | None, *others: str) -> None:
+        """Other names that published files have for a field that is read: they must say the same as it."""
+        for other in others:
+            if (found := self.get(other)) is not None and (isinstance(found, bool) or found != value):
+                raise ConfigError(
+                    f"{WHAT} has {other} = {found!r:.80}, and {name} is {value}: this family reads the latter. "
+                    f"Correct one of them, or remove {other}."
+                )
+
+    def layer_types(self, depth: int, window: int | None, default: Callable[[int], str]) -> list[str]:
+        """The kind of every layer. window: of those that have one."""
         found = self.items("layer_types", str, [default(layer) for layer in range(depth)])
         if len(found) != depth or not {*found} <= {FULL, SLIDING}:
             raise ConfigError(
                 f"{WHAT} has layer_types {found}; allowed are {FULL} and {SLIDING}, one for each of {depth} layers."
+            )
+        if SLIDING in found and window is None:
+            raise ConfigError(
+                f"{WHAT} has layers of the kind {SLIDING}, but no window: sliding_window is "
+                f"{self.get('sliding_window')!r:.80} and use_sliding_window is {self.get('use_sliding_window')!r:.80}. "
+                "Say the window, or make all layers full_attention."
             )
         return found
 

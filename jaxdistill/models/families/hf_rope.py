@@ -29,13 +29,16 @@ def rope_from_hf(
     *,
     theta: float = 10_000.0,
     fraction: float | None = None,
+    original: int | None = None,
     names: Mapping[str, str] | None = None,
     kinds: Sequence[str] = tuple(ROPE_KINDS),
 ) -> Rope:
     """The rotary embedding of a config.json: `rope_parameters` (transformers 5), or `rope_theta`/`rope_scaling`.
 
-    theta, fraction: where the file does not say; without a fraction the family rotates whole heads. names: older names
-    of kinds. Where a file has both layouts, as ours do, they must say the same. Other kinds than these are refused.
+    theta, fraction: where the file does not say; without a fraction the family rotates whole heads. original: of a
+    family that keeps original_max_position_embeddings beside these fields, where the file does not say it there; one
+    among them is not read. names: older names of kinds. Where a file has both layouts, as ours do, they must say the
+    same. Other kinds than these are refused.
     """
     top = fields.get("rope_theta")
     both = [
@@ -44,6 +47,8 @@ def rope_from_hf(
         if fields.get(key) is not None
     ]
     outer = {key: fields.get(key) for key in ("max_position_embeddings", "original_max_position_embeddings")}
+    if outer["original_max_position_embeddings"] is None:
+        outer["original_max_position_embeddings"] = original
     part = fields.get("partial_rotary_factor")
     outer["partial_rotary_factor"] = (fraction or 1.0) if part is None else part
     found = [
@@ -128,13 +133,17 @@ def _scaling(where: str, kind: str, rope: dict[str, Any], outer: Mapping[str, An
         )
     extended = {"max_position_embeddings": original if length is None else length}
     factor = number("factor", required_field(WHAT, extended, "max_position_embeddings", int) / original)
-    grown = math.sqrt(1 + math.log(factor) / math.log(max(original, 2))) if factor > 1 else 1.0
     return LongRope(
         short=_numbers(where, rope, "short_factor"),
         long=_numbers(where, rope, "long_factor"),
         original_length=original,
-        attention_factor=number("attention_factor", grown),
+        attention_factor=number("attention_factor", longrope_attention(factor, original)),
     )
+
+
+def longrope_attention(factor: float, original: int) -> float:
+    """LongRoPE's attention factor where a file does not say it, for a context that is so many times the original."""
+    return math.sqrt(1 + math.log(factor) / math.log(max(original, 2))) if factor > 1 else 1.0
 
 
 def _yarn_attention(where: str, factor: float, rope: Mapping[str, Any]) -> float:
@@ -148,9 +157,9 @@ def _yarn_attention(where: str, factor: float, rope: Mapping[str, Any]) -> float
 
 def _numbers(where: str, rope: Mapping[str, Any], name: str) -> tuple[float, ...]:
     found = rope.get(name)
-    if not isinstance(found, list) or not all(isinstance(x, int | float) and x > 0 for x in found):
-        raise ConfigError(f"{where} has {name} = {found!s:.80}; a list of positive numbers is needed.")
-    return tuple(map(float, found))
+    if not isinstance(found, list):
+        raise ConfigError(f"{where} has {name} = {found!s:.80}; a list of positive numbers is needed. Correct it.")
+    return tuple(positive(where, {f"{name}[{i}]": x}, f"{name}[{i}]") for i, x in enumerate(found))
 
 
 def rope_to_hf(rope: Rope | None) -> dict[str, Any]:

@@ -7,11 +7,12 @@ of query and key).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxdistill.models.families.family import Family, TensorNames
-from jaxdistill.models.families.gguf_common import config_from_gguf
+from jaxdistill.models.families.gguf_common import ROPE_FACTORS, config_from_gguf
 from jaxdistill.models.families.hf_decoder import (
     attention_from_hf,
     attentions,
@@ -75,6 +76,23 @@ def norm(ours: str, hf: str, gguf: str = "", axes: str = "embed") -> dict[str, T
     }
 
 
+def member(
+    name: str,
+    architecture: str,
+    from_hf: Callable[[Any, Mapping[str, Any]], ModelConfig],
+    to_hf: Callable[[Any, ModelConfig], dict[str, Any]],
+    tensors: Mapping[str, TensorNames],
+) -> Family:
+    """One of several families in a file, whose functions take its name first."""
+    return Family(
+        hf_architecture=architecture,
+        from_hf=functools.partial(from_hf, name),
+        to_hf=functools.partial(to_hf, name),
+        tensors=tensors,
+        ignored=IGNORED,
+    )
+
+
 TABLES = {
     "embedding.kernel": TensorNames(axes="vocab embed", hf="model.embed_tokens.weight", gguf="token_embd.weight"),
     "final_norm.scale": TensorNames(axes="embed", hf="model.norm.weight", gguf="output_norm.weight"),
@@ -105,5 +123,5 @@ LLAMA = Family(
     to_hf=to_hf,
     from_gguf=functools.partial(config_from_gguf, "llama"),
     tensors={**TABLES, **ATTENTION, **GATED, **PRE_NORMS},
-    ignored=IGNORED,
+    ignored=(*IGNORED, re.escape(ROPE_FACTORS)),
 )

@@ -21,7 +21,10 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     """Our config from a config.json of either layout. Raises ConfigError naming every field that it cannot honour."""
     f = Fields(fields)
     bias, epsilon = f.flag("attention_bias", False), f.number("norm_eps", 1e-5)
-    mixer = attention_from_hf(f, bias=bias, output_bias=bias, rope=f.rope(fraction=0.5, kinds=("default", "linear")))
+    rope = f.rope(fraction=0.5, kinds=("default", "linear"))
+    mixer = attention_from_hf(f, bias=bias, output_bias=bias, rope=rope)
+    f.repeated("head_dim", mixer.head_dim, "kv_channels")
+    f.repeated("partial_rotary_factor", rope.fraction, "rope_percent", "rope_percentage")
     ffn = PlainMLP(
         mlp=f.size("intermediate_size", 24576),
         activation=f.activation(default="relu2"),

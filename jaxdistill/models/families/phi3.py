@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdistill.models.families.family import Family, TensorNames
+from jaxdistill.models.families.family import ConfigError, Family, TensorNames
 from jaxdistill.models.families.hf_decoder import (
     attention_from_hf,
     attentions,
@@ -20,37 +20,58 @@ from jaxdistill.models.families.hf_decoder import (
     gated_to_hf,
 )
 from jaxdistill.models.families.hf_fields import Fields
-from jaxdistill.models.families.hf_rope import rope_to_hf
+from jaxdistill.models.families.hf_rope import longrope_attention, rope_to_hf
 from jaxdistill.models.families.llama import ATTENTION, GATED, IGNORED, PRE_NORMS, TABLES
 from jaxdistill.specs import GatedMLP, LayerSpec, LongRope, ModelConfig
 
 OLDER_NAMES = {"su": "longrope", "yarn": "longrope"}
+REQUIRED = {
+    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_bias": False},
+    **{"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False},
+}
+"""Fields that are read only at this value; those of the second row are in the files of Phi-4-mini."""
 
 
 def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     """Our config from a config.json of either layout. Raises ConfigError naming every field that it cannot honour."""
     f = Fields(fields)
-    rope = f.rope(fraction=1.0, names=OLDER_NAMES, kinds=("default", "longrope"))
+    rope = f.rope(fraction=1.0, original=4096, names=OLDER_NAMES, kinds=("default", "longrope"))
     mixer = attention_from_hf(f, rope=rope, window=f.size_or_none("sliding_window"))
     ffn = GatedMLP(mlp=f.size("intermediate_size", 8192), activation=f.activation())
     layers = [LayerSpec(mixer=mixer, ffn=ffn)] * f.depth(32)
     config = decoder_from_hf(f, "phi3", layers, epsilon=1e-5, max_length=4096)
-    f.finish(required={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_bias": False})
+    f.finish(required=REQUIRED)
     return config
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 read alike."""
+    """A config.json that transformers 4 and 5 read alike; only 5, if its attention factor is not the one that follows
+    from its lengths."""
     mixer, ffn = attentions(config)[0], config.layers[0].ffn
-    scaling = None if mixer.rope is None else mixer.rope.scaling
-    original = scaling.original_length if isinstance(scaling, LongRope) else config.max_length
+    original, ropes = config.max_length, rope_to_hf(mixer.rope)
+    if mixer.rope is not None and isinstance(scaling := mixer.rope.scaling, LongRope):
+        original = scaling.original_length
+        _check_factors(config, mixer.heads, mixer.rope.fraction, len(scaling.short))
+        if scaling.attention_factor == longrope_attention(config.max_length / original, original):
+            # Transformers 4 takes exactly these, and 5 these before those of rope_parameters.
+            ropes["rope_scaling"] = {key: ropes["rope_scaling"][key] for key in ("type", "short_factor", "long_factor")}
     return {
         **decoder_to_hf(config),
         **gated_to_hf(ffn),
-        **rope_to_hf(mixer.rope),
+        **ropes,
         "original_max_position_embeddings": original,
         "sliding_window": mixer.window,
     }
+
+
+def _check_factors(config: ModelConfig, heads: int, fraction: float, factors: int) -> None:
+    """Refuses what transformers would not load: it counts them as if embed were heads * head_dim."""
+    needed = int(config.embed // heads * fraction) // 2
+    if factors != needed:
+        raise ConfigError(
+            f"LongRoPE has {factors} factors, and with embed {config.embed} and {heads} query heads transformers loads "
+            f"a phi3 only with {needed}. Keep embed / heads when pruning."
+        )
 
 
 def _fused(names: tuple[str, ...], hf: str) -> dict[str, TensorNames]:

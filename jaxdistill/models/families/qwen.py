@@ -7,11 +7,9 @@ Facts about files: `Qwen2Config` and `Qwen3Config` of transformers 4 and 5.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxdistill.models.families.family import Family
 from jaxdistill.models.families.hf_decoder import (
     attention_from_hf,
     attentions,
@@ -23,7 +21,7 @@ from jaxdistill.models.families.hf_decoder import (
 )
 from jaxdistill.models.families.hf_fields import FULL, SLIDING, Fields
 from jaxdistill.models.families.hf_rope import rope_to_hf
-from jaxdistill.models.families.llama import ATTENTION, GATED, IGNORED, PRE_NORMS, TABLES, norm
+from jaxdistill.models.families.llama import ATTENTION, GATED, PRE_NORMS, TABLES, member, norm
 from jaxdistill.specs import GatedMLP, LayerSpec, ModelConfig
 
 Name = Literal["qwen2", "qwen3"]
@@ -51,7 +49,7 @@ def windows(f: Fields) -> list[int | None]:
     window, first = f.size_or_none("sliding_window", 4096), f.count("max_window_layers", 28)
     if not f.flag("use_sliding_window", False):
         window = None
-    kinds = f.layer_types(depth, lambda layer: SLIDING if window is not None and layer >= first else FULL)
+    kinds = f.layer_types(depth, window, lambda layer: SLIDING if window is not None and layer >= first else FULL)
     return [window if kind == SLIDING else None for kind in kinds]
 
 
@@ -74,20 +72,10 @@ def to_hf(family: Name, config: ModelConfig) -> dict[str, Any]:
     return fields if family == "qwen2" else {**fields, "attention_bias": mixer.bias}
 
 
-def _family(name: Name, architecture: str, tensors: dict[str, Any]) -> Family:
-    return Family(
-        hf_architecture=architecture,
-        from_hf=functools.partial(from_hf, name),
-        to_hf=functools.partial(to_hf, name),
-        tensors=tensors,
-        ignored=IGNORED,
-    )
-
-
 HEAD_NORMS = {
     **norm("mixer.query_norm", "self_attn.q_norm", axes="head_dim"),
     **norm("mixer.key_norm", "self_attn.k_norm", axes="head_dim"),
 }
 TENSORS = {**TABLES, **ATTENTION, **GATED, **PRE_NORMS}
-QWEN2 = _family("qwen2", "Qwen2ForCausalLM", TENSORS)
-QWEN3 = _family("qwen3", "Qwen3ForCausalLM", {**TENSORS, **HEAD_NORMS})
+QWEN2 = member("qwen2", "Qwen2ForCausalLM", from_hf, to_hf, TENSORS)
+QWEN3 = member("qwen3", "Qwen3ForCausalLM", from_hf, to_hf, {**TENSORS, **HEAD_NORMS})

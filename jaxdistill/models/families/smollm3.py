@@ -37,7 +37,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"config.json has no_rope_layers {rotating}; allowed are 0 and 1, one for each of {depth}.")
     window = f.size_or_none("sliding_window")
     window = window if f.flag("use_sliding_window", False) else None
-    kinds = f.layer_types(depth, lambda layer: SLIDING if window is not None and not rotating[layer] else FULL)
+    kinds = f.layer_types(depth, window, lambda layer: SLIDING if window is not None and not rotating[layer] else FULL)
     layers = [
         LayerSpec(
             mixer=dataclasses.replace(
