@@ -12,11 +12,8 @@ together. RUN/plan.json says which. The same in two commands, with the pruned mo
 Teacher correction: when the text is not the teacher's own, the paper's second version first fine-tunes the teacher on
 it (configs/correct_teacher.py), at a fifth of its learning rate. Then --teacher.path is that run's student.
 
-Iterative, for less than half of the parameters: prune 30 %, distil, and prune the result again:
-
-    jaxdistill train configs/minitron.py --teacher.path DIR --data.path FILE --student.prune.mlp 1024 --out FIRST
-    jaxdistill train configs/minitron.py --teacher.path DIR --data.path FILE --student.path FIRST/student \
-        --student.prune.mlp 704 --out SECOND
+For less than half of the parameters prune and distil in rounds: configs/minitron_iterative.py. Layers are chosen by
+Block Influence; `--student.depth` has other ways.
 
 Papers: Compact Language Models via Pruning and Knowledge Distillation (2407.14679) for importance and the objective,
 LLM Pruning and Distillation in Practice (2408.11796) for teacher correction. Measured: docs/papers.md.

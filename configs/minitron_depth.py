@@ -9,7 +9,8 @@ Knowledge Distillation (2407.14679), which found that states help where depth is
 When channels are cut too, the student's states go through a learned map, and a second term on the embeddings makes
 sense: `HiddenMatch(layers=((0, 0),), point="input", balance="kl")`. While the widths are equal the embeddings are too.
 
-To choose layers by the loss without them, or as one contiguous block, prune first, and start from the result:
+Layers can also be chosen by the loss without them (`--student.depth loss`), or as the one contiguous block that is
+missed least (`--student.depth block-by-loss`). To look at the plan before training, prune first, and start from it:
 
     jaxdistill prune DIR --data FILE --layers 16 --depth block-by-loss --out PRUNED
     jaxdistill train configs/minitron_depth.py --teacher.path DIR --data.path FILE \

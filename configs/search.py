@@ -10,7 +10,9 @@ for each. Train the best one for longer:
 
     jaxdistill train configs/distill.py --teacher.path DIR --data.path FILE --student.plan OUT/plans/BEST.json --out RUN
 
-Importance is measured once, on the first training batches. Candidates resume where they were interrupted.
+Importance is measured once, on the first training batches; `--train.student.depth` says how layers are chosen. Sizes
+that the devices (`--train.mesh.fsdp`, `--train.mesh.tensor`) do not divide are left out. Candidates resume where they
+were interrupted.
 
 Paper: Compact Language Models via Pruning and Knowledge Distillation (2407.14679): 1.8B tokens for each of
 fewer than twenty candidates; the defaults here, 819k tokens, are for a first look.

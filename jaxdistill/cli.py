@@ -263,13 +263,15 @@ def prune(
     data: str | None = None,
     layers: int | None = None,
     keep_layers: tuple[int, ...] = (),
-    mlp: int | None = None,
+    mlp: int | tuple[int, ...] | None = None,
     embed: int | None = None,
     heads: int | None = None,
     kv_heads: int | None = None,
     experts: int | None = None,
     plan: str | None = None,
     scorer: Literal["activations", "mask-gradients", "weights", "random"] = "activations",
+    over_tokens: Literal["mean", "l2", "variance"] = "mean",
+    over_rows: Literal["mean", "l2", "variance"] = "l2",
     depth: Literal["scorer", "loss", "kl", "block-by-loss", "block-by-kl"] = "scorer",
     batches: int = 128,
     length: int = 512,
@@ -283,6 +285,11 @@ def prune(
     to: Literal["jaxdistill", "hf"] = "jaxdistill",
     dtype: Literal["float32", "bfloat16"] = "float32",
     activations: Literal["float32", "bfloat16"] = "float32",
+    mesh_data: Annotated[int, arg(name="mesh.data")] = 1,
+    mesh_fsdp: Annotated[int, arg(name="mesh.fsdp")] = -1,
+    mesh_sequence: Annotated[int, arg(name="mesh.sequence")] = 1,
+    mesh_tensor: Annotated[int, arg(name="mesh.tensor")] = 1,
+    mesh_expert: Annotated[int, arg(name="mesh.expert")] = 1,
 ) -> None:
     """Make a smaller model out of a large one: keep the parts that matter most on some text.
 
@@ -296,13 +303,16 @@ def prune(
         data: Text to measure importance on (.txt, .jsonl, .parquet, .array_record, directories).
         layers: Keep this many layers.
         keep_layers: Keep exactly these layers.
-        mlp: Keep this many neurons of every layer's feed-forward network, or of each expert.
+        mlp: Keep this many neurons of every layer's feed-forward network, or of each expert; or one number for each
+            layer that is kept.
         embed: Keep this many channels of the residual stream.
         heads: Keep this many query heads of every layer, equally many for each key-value head.
         kv_heads: Keep this many key-value heads, and the query heads that belong to them.
         experts: Keep this many experts of every mixture.
         plan: Cut by this file; measures nothing.
         scorer: Minitron's activations; MiniMA's gradients of masks; norms of weights; or at random, to compare with.
+        over_tokens: How the activations of a row's tokens become one number.
+        over_rows: How the numbers of all rows become one (2407.14679: these two are the best).
         depth: How layers are chosen: by the scorer (activations: Block Influence), by the loss or the KL to the whole
             model when one is left out, or as the contiguous block whose absence is felt least.
         batches: Batches of text to measure on.
@@ -317,11 +327,17 @@ def prune(
         to: The format of OUT/model.
         dtype: What the parameters are read and stored as.
         activations: The precision of activations while measuring.
+        mesh_data: Devices that hold the same parameters; -1, here or below, is all that are left.
+        mesh_fsdp: Devices that split channels.
+        mesh_sequence: Devices that split the tokens of a row.
+        mesh_tensor: Devices that split heads, neurons and the vocabulary.
+        mesh_expert: Devices that split experts.
     """
     from jaxdistill.data.pipeline import DataConfig
     from jaxdistill.jobs.prune import PruneConfig
     from jaxdistill.jobs.prune import prune as run_prune
     from jaxdistill.prune.choose import Target
+    from jaxdistill.sharding import MeshConfig
 
     if layers is not None and keep_layers:
         raise UsageError("--layers and --keep-layers are both given; say how many, or which.")
@@ -336,6 +352,8 @@ def prune(
             data=DataConfig(**text, prepend_bos=prepend_bos),
             batches=batches,
             scorer=scorer,
+            over_tokens=over_tokens,
+            over_rows=over_rows,
             depth=depth,
             plan=plan,
             sort=sort,
@@ -344,6 +362,9 @@ def prune(
             to=to,
             dtype=dtype,
             activations=activations,
+            mesh=MeshConfig(
+                data=mesh_data, fsdp=mesh_fsdp, sequence=mesh_sequence, tensor=mesh_tensor, expert=mesh_expert
+            ),
         )
     )
 

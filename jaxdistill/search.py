@@ -8,10 +8,11 @@ measured on held-out text before its first and after its last step. Everything r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from jaxdistill.checkpoint.open import open_config, open_model
 from jaxdistill.choices import check_choices
 from jaxdistill.formats.paths import any_path, remove_tree, write_text
 from jaxdistill.jobs.inspect import metric_lines
+from jaxdistill.jobs.prune import kept_scores
 from jaxdistill.models.cost import (
     HARDWARE,
     Workload,
@@ -31,17 +33,21 @@ from jaxdistill.models.cost import (
     memory_bytes,
 )
 from jaxdistill.models.export import check_exportable
-from jaxdistill.models.families.family import ConfigError
 from jaxdistill.models.schema import count_parameters
-from jaxdistill.prune.choose import Target, choose
+from jaxdistill.prune.choose import Target, choose, equal_importance
+from jaxdistill.prune.depth import with_depth
 from jaxdistill.prune.importance import Importance
+from jaxdistill.prune.measure import Calibration
+from jaxdistill.prune.plan import PrunePlan
+from jaxdistill.prune.slice import NormRepair, plan_cut
 from jaxdistill.report.search import Candidate, search_table, write_search_page
+from jaxdistill.sharding import Layout
 from jaxdistill.specs import ModelConfig
 from jaxdistill.train import config as train_config
 from jaxdistill.train.config import TrainConfig, as_document
 from jaxdistill.train.loop import TrainingStopped, train
 from jaxdistill.train.progress import Say, finite
-from jaxdistill.train.setup import Places, check_shapes, enable_compilation_cache, join_processes, measure_parts
+from jaxdistill.train.setup import Places, calibration_of, check_shapes, enable_compilation_cache, join_processes
 
 Cost = Literal["parameters", "active_parameters", "memory_mb", "latency_ms"]
 HardwareName = Literal["a100", "h100", "h200", "tpu-v5e", "tpu-v5p", "tpu-v6e"]
@@ -92,7 +98,7 @@ class Budget:
 class Grid:
     """Sizes that are tried. Without choices of its own an axis has the multiples of a divisor that are left after at
     most so large a share is cut; heads and experts are kept unless given (LLM Pruning and Distillation in Practice,
-    2408.11796)."""
+    2408.11796), and so is `mlp` where it differs from layer to layer."""
 
     layers: tuple[int, ...] = ()
     embed: tuple[int, ...] = ()
@@ -105,9 +111,9 @@ class Grid:
     layers_divisor: int = 2
     embed_divisor: int | None = None
     """None: the query heads times a power of two, at most a sixteenth of the width, for formats that want a multiple
-    of the heads."""
+    of the heads; where devices split the width, a multiple of this that they divide."""
     mlp_divisor: int | None = None
-    """None: a power of two, at most a sixteenth of the width."""
+    """None: a power of two, at most a sixteenth of the width, or a multiple of it that the devices divide."""
 
     def __post_init__(self):
         for name in ("max_width_pruning", "max_depth_pruning"):
@@ -117,18 +123,18 @@ class Grid:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"Grid.{name} is {getattr(self, name)}; it must be at least 1.")
 
-    def targets(self, config: ModelConfig) -> Iterator[Target]:
-        """All combinations, the original's own shape among them."""
+    def targets(self, config: ModelConfig, layout: Layout = Layout()) -> Iterator[Target]:
+        """All combinations; an axis without choices of its own has its whole size among them. layout: where the
+        candidates are to be."""
         depth = len(config.layers)
         attention = next((layer.mixer for layer in config.layers if layer.mixer is not None), None)
         kv_heads, all_heads = (1, 1) if attention is None else (attention.kv_heads, attention.heads)
-        narrowest = min((layer.ffn.mlp for layer in config.layers if layer.ffn is not None), default=1)
-        embed_divisor = self.embed_divisor or _doubled(all_heads, config.embed // 16)
-        mlp_divisor = self.mlp_divisor or _doubled(1, narrowest // 16)
+        embed_divisor = _doubled(all_heads, config.embed // 16)
+        embed_divisor = self.embed_divisor or _split(embed_divisor, config.embed, layout.split("embed"))
         axes: dict[str, tuple[int, ...]] = {
             "layers": self.layers or _multiples(depth, self.layers_divisor, self.max_depth_pruning),
             "embed": self.embed or _multiples(config.embed, embed_divisor, self.max_width_pruning),
-            "mlp": self.mlp or _multiples(narrowest, mlp_divisor, self.max_width_pruning),
+            "mlp": self.mlp or self._neurons(config, layout),
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "experts": self.experts,
@@ -141,6 +147,20 @@ class Grid:
             # Every key-value head has equally many query heads, no more than it had.
             if heads % groups == 0 and heads <= groups * size:
                 yield target
+
+    def _neurons(self, config: ModelConfig, layout: Layout) -> tuple[int, ...]:
+        """Default sizes of the feed-forward networks; none where they differ: one for all would crush the widest."""
+        sizes = {layer.ffn.mlp for layer in config.layers if layer.ffn is not None}
+        if len(sizes) != 1:
+            return ()
+        [size] = sizes
+        divisor = self.mlp_divisor or _split(_doubled(1, size // 16), size, layout.split("mlp"))
+        return _multiples(size, divisor, self.max_width_pruning)
+
+
+def _split(divisor: int, size: int, parts: int) -> int:
+    """The least multiple of a divisor that the devices divide, if they divide the size at all."""
+    return divisor if size % parts else math.lcm(divisor, parts)
 
 
 def _doubled(start: int, most: int) -> int:
@@ -178,7 +198,9 @@ class SearchConfig:
         """Refuses what cannot run, before any device is touched."""
         if not self.out:
             raise ValueError("no directory; give --out DIR.")
-        dataclasses.replace(self.train, out=self.out).check()
+        # Sizes come later, and with them the number of layers that `depth` is about.
+        student = dataclasses.replace(self.train.student, depth="scorer")
+        dataclasses.replace(self.train, out=self.out, student=student).check()
         if self.train.held_out.path is None:
             raise ValueError("candidates are compared on held-out text; give --train.held-out.path FILE.")
 
@@ -190,23 +212,14 @@ def search(config: SearchConfig) -> list[Candidate]:
     join_processes(config.train)
     enable_compilation_cache(config.train.compilation_cache)
     out, say, first = any_path(config.out), Say(), jax.process_index() == 0
-    original = open_config(config.train.student.path or config.train.teacher.path or "")
-    targets = feasible(config, original)
-    for target in targets:
-        student = dataclasses.replace(config.train.student, prune=target)
-        check_shapes(dataclasses.replace(config.train, student=student))
+    original = open_config(_source(config))
     _check_same(out / "config.json", as_document(config))
-    say(f"{len(targets)} candidates of at most {_limits(config.budget, original)}")
-    scores: Importance | None = None
+    targets = _planned(config, original, out, say)
     rows: list[Candidate] = []
     for number, target in enumerate(targets):
-        name, shape = _name(target), target.resize(original)
+        name = _name(target)
         plan = out / "plans" / f"{name}.json"
-        if not _exists(plan):
-            scores = scores or _scores(config, out / "importance.npz", say)
-            if first:
-                write_text(out / "config.json", json.dumps(as_document(config), indent=1) + "\n")
-                choose(original, scores, target).save(plan)
+        shape = PrunePlan.load(plan).resize(original)
         say(f"candidate {number + 1}/{len(targets)}: {name}, {count_parameters(shape):,} parameters")
         found = _distilled(config, out / "candidates" / name, plan)
         if found is None:
@@ -222,24 +235,74 @@ def search(config: SearchConfig) -> list[Candidate]:
     return ranked
 
 
-def feasible(config: SearchConfig, original: ModelConfig) -> list[Target]:
-    """The candidates: shapes of the grid within the budget that can be written as the run wants them, those that use
-    most of the first limit first. Raises ValueError when there are none."""
+def _source(config: SearchConfig) -> str:
+    return config.train.student.path or config.train.teacher.path or ""
+
+
+def _planned(config: SearchConfig, original: ModelConfig, out: Path, say: Say) -> list[Target]:
+    """The candidates, each with its plan in OUT/plans. The original is read only where a plan is missing, or where its
+    layers differ, so that a shape depends on which of them stay."""
+    layout = Places.of(config.train).student
+    parts = _Parts(config, original, out, layout, say)
+    alike = Target(layers=1).certain(original)
+    targets = feasible(config, original, layout=layout, named=None if alike else parts.named, say=say)
+    for target in targets:
+        student = dataclasses.replace(config.train.student, prune=target if alike else parts.named(target))
+        check_shapes(dataclasses.replace(config.train, student=student), layout=layout)
+    say(f"{len(targets)} candidates of at most {_limits(config.budget, original)}")
+    for target in targets:
+        plan = out / "plans" / f"{_name(target)}.json"
+        if _exists(plan):
+            continue
+        chosen = choose(original, parts.scores, parts.named(target))
+        if jax.process_index() == 0:
+            write_text(out / "config.json", json.dumps(as_document(config), indent=1) + "\n")
+            chosen.save(plan)
+    _together()
+    return targets
+
+
+def feasible(
+    config: SearchConfig,
+    original: ModelConfig,
+    *,
+    layout: Layout = Layout(),
+    named: Callable[[Target], Target] | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Target]:
+    """The candidates: shapes of the grid within the budget that can be written as the run wants them and that its mesh
+    divides, those that use most of the first limit first. Says how many are left out, and raises ValueError when none
+    is left.
+
+    layout: where the candidates are to be. named: gives a target the layers that it keeps; None takes the first ones,
+    which is as good where all are alike.
+    """
     limits = config.budget.absolute(original)
     main = next(iter(limits))
     found: list[tuple[float, Target]] = []
+    left_out: dict[type, list[str]] = {}
     smallest = math.inf
-    for target in config.grid.targets(original):
+    on_mesh = _mesh_check(original, layout, config.train.student.norm_repair)
+    for target in config.grid.targets(original, layout):
+        shape = (named(target) if named else target).resize(original)
         try:
-            shape = target.resize(original)
             if config.train.export == "huggingface":
                 check_exportable(shape)
-        except ConfigError:
-            continue  # no format for it: say, an embedding that its heads do not divide
+            on_mesh(dataclasses.replace(target, layers=None))
+        except ValueError as error:
+            left_out.setdefault(type(error), []).append(f"{_name(target)}: {error}")
+            continue
         costs = config.budget.costs(shape)
         smallest = min(smallest, costs[main])
         if shape != original and all(costs[name] <= limit for name, limit in limits.items()):
             found.append((costs[main], target))
+    for reasons in left_out.values():
+        say(f"{len(reasons)} of the grid's shapes are left out, such as {reasons[0]}")
+    if math.isinf(smallest):
+        raise ValueError(
+            "no shape of the grid can be made; give other sizes (grid.embed, …), another train.mesh, or train.export "
+            "jaxdistill."
+        )
     if not found:
         raise ValueError(
             f"no shape of the grid fits {_limits(config.budget, original)}; the smallest has {main} {smallest:.4g}. "
@@ -247,6 +310,74 @@ def feasible(config: SearchConfig, original: ModelConfig) -> list[Target]:
         )
     found.sort(key=lambda each: -each[0])
     return [target for _, target in found[: config.candidates]]
+
+
+def _mesh_check(original: ModelConfig, layout: Layout, norm_repair: NormRepair) -> Callable[[Target], None]:
+    """Refuses widths that the mesh does not divide, or norms that cannot be repaired. Layers of one kind are cut alike:
+    one of each kind tells all."""
+    kinds = dataclasses.replace(original, layers=tuple(dict.fromkeys(original.layers)))
+
+    @functools.cache
+    def check(target: Target) -> None:
+        plan_cut(kinds, choose(kinds, equal_importance(kinds), target), layout=layout, norm_repair=norm_repair)
+
+    return check
+
+
+class _Parts:
+    """What the original's parts are worth, measured once for all candidates, when it is first asked for."""
+
+    def __init__(self, config: SearchConfig, original: ModelConfig, out: Path, layout: Layout, say: Say):
+        self._config, self._original, self._out, self._layout, self._say = config, original, out, layout, say
+        self._layers: dict[int, Target] = {}
+
+    @functools.cached_property
+    def scores(self) -> Importance:
+        student, train = self._config.train.student, self._config.train
+        settings = {
+            "scorer": as_document(student.scorer),
+            "depth": student.depth,
+            "batches": student.calibration_batches,
+            "model": _source(self._config),
+            "activations": student.execution.activation_dtype,
+            "data": as_document(train.data),
+        }
+
+        def measure() -> Importance:
+            scores = student.scorer(self._text)
+            return scores if self._by_block else self._by_depth(scores, Target(layers=1))[0]
+
+        files = [_source(self._config), train.data.path]
+        return kept_scores(self._out, settings, files, measure, say=self._say)
+
+    def named(self, target: Target) -> Target:
+        """The target with the layers that it keeps."""
+        if not isinstance(target.layers, int):
+            return target
+        if target.layers not in self._layers:
+            number = Target(layers=target.layers)
+            if self._by_block:
+                number = self._by_depth(self.scores, number)[1]
+            kept = choose(self._original, self.scores, number).layers
+            self._layers[target.layers] = Target(layers=kept)
+        return dataclasses.replace(target, layers=self._layers[target.layers].layers)
+
+    @property
+    def _by_block(self) -> bool:
+        return self._config.train.student.depth.startswith("block")
+
+    def _by_depth(self, scores: Importance, target: Target) -> tuple[Importance, Target]:
+        return with_depth(self._config.train.student.depth, scores, target, lambda: self._text)
+
+    @functools.cached_property
+    def _text(self) -> Calibration:
+        model = open_model(_source(self._config), layout=self._layout)
+        return calibration_of(
+            self._config.train,
+            model,
+            self._layout,
+            lambda done, total: self._say.progress(f"importance: batch {done}/{total}"),
+        )
 
 
 def _limits(budget: Budget, original: ModelConfig) -> str:
@@ -258,27 +389,13 @@ def _name(target: Target) -> str:
     return "-".join(f"{name}{size}" for name, size in sizes.items() if size is not None)
 
 
-def _scores(config: SearchConfig, file: Path, say: Say) -> Importance:
-    """The importance of the original's parts, measured once for all candidates."""
-    if file.exists():
-        return Importance.load(file)
-    places, path = Places.of(config.train), config.train.student.path
-    model = open_model(path or config.train.teacher.path or "", layout=places.student)
-    scores = measure_parts(
-        config.train, model, places.student, lambda done, total: say.progress(f"importance: batch {done}/{total}")
-    )
-    if jax.process_index() == 0:
-        scores.save(file)
-    return scores
-
-
 def _distilled(config: SearchConfig, directory: Path, plan: Path) -> tuple[float, float] | None:
     """A candidate's distance from the teacher (or bits per byte) before and after its run; infinite when it diverged,
     None when it was stopped by a signal."""
     run = dataclasses.replace(
         config.train,
         out=str(directory),
-        student=dataclasses.replace(config.train.student, plan=str(plan)),
+        student=dataclasses.replace(config.train.student, plan=str(plan), depth="scorer"),
         export="none",
     )
     result = directory / "result.json"
@@ -337,7 +454,13 @@ def _write(config: SearchConfig, out: Path, rows: list[Candidate], *, planned: i
         out / "search.html",
         ranked,
         limited=tuple(config.budget.limits),
-        unit="KL to the teacher, nats per token" if config.train.teacher.path else "bits per byte",
+        unit=unit(config),
         tokens=config.train.steps * config.train.data.batch_size * config.train.data.length,
         left=planned - len(rows),
     )
+
+
+def unit(config: SearchConfig) -> str:
+    """What candidates are ranked by: across tokenizers no KL is measured on held-out text."""
+    by_kl = config.train.teacher.path is not None and not config.train.aligned
+    return "KL to the teacher, nats per token" if by_kl else "bits per byte"

@@ -178,6 +178,12 @@ def small(tmp_path_factory) -> Small:
     return write_small(tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Where no runs are: a recipe may look for them."""
+    monkeypatch.chdir(tmp_path)
+
+
 # Tests.
 
 
@@ -230,6 +236,25 @@ def test_searches_two_candidates_when_shrunk(small, tmp_path):
     assert len(ranked) == 2
     assert ranked[0].after <= ranked[1].after
     assert all(row.costs["parameters"] <= 0.75 * count_parameters(open_config(small.teacher)) for row in ranked)
+
+
+@pytest.mark.slow
+def test_rounds_follow_each_other_under_the_first_teacher(small, tmp_path):
+    """The second round measures the first one's student, and keeps a part of it."""
+    places = []
+    for sizes in (Target(layers=3, mlp=16), Target(layers=2, mlp=8)):
+        config = load(RECIPES["minitron_iterative"])
+        places.append(config.out)
+        shrunk = shrink(config, small, tmp_path)
+        student = dataclasses.replace(shrunk.student, prune=sizes)
+        result = train(dataclasses.replace(shrunk, out=config.out, student=student))
+    assert [Path(place).name for place in places] == ["1", "2"]
+    assert config.student.path == str(Path(places[0]) / "student")
+    assert result.plan is not None
+    result.plan.check(open_config(config.student.path))
+    kept = open_config(result.student)
+    assert (len(kept.layers), kept.layers[0].ffn.mlp) == (2, 8)
+    assert load(RECIPES["minitron_iterative"]).out == places[1], "the last round is resumed"
 
 
 def test_shrinking_keeps_what_a_recipe_is_about(small, tmp_path):

@@ -7,21 +7,28 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny import llama
-from train.train_cases import Files, poisoned
+from tiny import LAYOUTS, llama, params
+from train.train_cases import TEACHER, Files, poisoned
 from train.train_cases import run as on_one_device
 
 from jaxdistill import search as search_module
+from jaxdistill.checkpoint.model import save_model
+from jaxdistill.losses.alm import ALM
 from jaxdistill.losses.hidden import HiddenMatch
 from jaxdistill.models.cost import Workload
 from jaxdistill.models.schema import count_parameters
-from jaxdistill.prune.choose import Target
+from jaxdistill.prune import depth as depth_module
+from jaxdistill.prune.baselines import random_importance
+from jaxdistill.prune.choose import Target, equal_importance
+from jaxdistill.prune.measure import RandomScores
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.report.charts import front_chart
 from jaxdistill.report.search import Candidate, pareto_front, search_table
-from jaxdistill.search import Budget, Grid, SearchConfig, feasible, search
-from jaxdistill.train.config import StudentConfig
+from jaxdistill.search import Budget, Grid, SearchConfig, feasible, search, unit
+from jaxdistill.tokenizers import load_tokenizer
+from jaxdistill.train.config import StudentConfig, TeacherConfig
 
 SMOLLM2 = llama(vocab=49152, embed=576, layers=30, heads=9, kv_heads=3, mlp=1536)
 LLAMA8B = llama(vocab=128256, embed=4096, layers=32, heads=32, kv_heads=8, mlp=14336)
@@ -46,6 +53,120 @@ def test_default_sizes_are_those_that_can_be_written():
     large = {axis: {getattr(t, axis) for t in Grid().targets(LLAMA8B)} for axis in ("embed", "mlp")}
     assert large["embed"] == {*range(2560, 4097, 256)}  # ModelOpt's divisors
     assert large["mlp"] == {*range(8704, 14337, 512)}
+
+
+def test_default_sizes_are_those_that_devices_divide():
+    eight = LAYOUTS["fsdp 8"]()
+    assert {t.embed for t in Grid().targets(SMOLLM2, eight)} == {360, 432, 504, 576}
+    shape = llama(vocab=64, embed=576, layers=2, heads=9, kv_heads=3, mlp=96)
+    assert {t.mlp for t in Grid().targets(shape, LAYOUTS["embed over tensor"]())} == {
+        60,
+        64,
+        68,
+        72,
+        76,
+        80,
+        84,
+        88,
+        92,
+        96,
+    }
+    odd = dataclasses.replace(SMOLLM2, embed=577)
+    assert {*Grid().targets(odd, eight)} == {*Grid().targets(odd)}, "what is not divided anyway stays so"
+
+
+def test_a_search_leaves_out_what_its_mesh_does_not_divide(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search_module, "_distilled", lambda config, directory, plan: (2.0, 1.0))
+    grid = Grid(layers=(3,), embed=(12, 16), mlp=(8, 16))
+    ranked = on_one_device(drawn(files.searching(tmp_path, grid=grid)), job=search, devices=8)
+    assert {row.name for row in ranked} == {"layers3-embed16-mlp16", "layers3-embed16-mlp8"}
+    printed = capsys.readouterr().err
+    assert "2 of the grid's shapes are left out, such as layers3-embed12-mlp8: embed would be 12" in printed
+    none = dataclasses.replace(files.searching(tmp_path / "none"), grid=Grid(layers=(3,), embed=(12,)))
+    with pytest.raises(ValueError, match=r"no shape of the grid can be made; give other sizes .* another train\.mesh"):
+        on_one_device(none, job=search, devices=8)
+
+
+def drawn(config: SearchConfig, **chosen) -> SearchConfig:
+    """The search with random scores."""
+    student = dataclasses.replace(config.train.student, scorer=RandomScores(), calibration_batches=1, **chosen)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, student=student))
+
+
+def test_one_size_for_all_is_no_default_where_layers_differ():
+    layer = SMOLLM2.layers[0]
+    thin = dataclasses.replace(layer, ffn=dataclasses.replace(layer.ffn, mlp=64))
+    mixed = dataclasses.replace(SMOLLM2, layers=(thin, *SMOLLM2.layers[1:]))
+    targets = list(Grid(embed=(576,)).targets(mixed))
+    assert {t.mlp for t in targets} == {None}
+    assert mixed in [t.resize(mixed) for t in targets]
+    assert {t.mlp for t in Grid(embed=(576,), mlp=(32,)).targets(mixed)} == {32}
+
+
+UNEQUAL = tuple(
+    dataclasses.replace(llama().layers[0], ffn=dataclasses.replace(llama().layers[0].ffn, mlp=mlp))
+    for mlp in (8, 8, 32, 32)
+)
+
+
+@pytest.mark.parametrize("depth", ["scorer", "kl", "block-by-loss"])
+def test_costs_are_those_of_the_layers_that_stay(files, tmp_path, monkeypatch, depth):
+    """The layers that are worth most, in every way to choose them, are the widest: the first ones would fit."""
+    original = llama(vocab=264, layers=4)
+    original = dataclasses.replace(original, layers=UNEQUAL)
+    save_model(tmp_path / "teacher", original, params(original), write_tokenizer=load_tokenizer("bytes").save)
+    monkeypatch.setattr(search_module, "_distilled", lambda config, directory, plan: (2.0, 1.0))
+    monkeypatch.setattr(
+        RandomScores,
+        "__call__",
+        lambda self, text: dataclasses.replace(equal_importance(text.config), layers=np.arange(4.0)),
+    )
+    monkeypatch.setattr(depth_module, "layers_when_dropped", lambda text, *, by: np.arange(4.0))
+    monkeypatch.setattr(depth_module, "best_window", lambda text, keep, *, by: tuple(range(4 - keep, 4)))
+    given = drawn(files.searching(tmp_path / "out", grid=Grid(layers=(2, 3, 4), embed=(8, 16))), depth=depth)
+    given = dataclasses.replace(
+        given, train=dataclasses.replace(given.train, teacher=TeacherConfig(path=str(tmp_path / "teacher")))
+    )
+    given = dataclasses.replace(
+        given, budget=Budget(parameters=count_parameters(Target(layers=3).resize(original)) + 1)
+    )
+    ranked = searched(given)
+    limit = given.budget.absolute(original)["parameters"]
+    assert {row.name for row in ranked} == {"layers2-embed16", "layers4-embed8", "layers3-embed8"}
+    for row in ranked:
+        plan = PrunePlan.load(row.plan)
+        assert plan.layers == tuple(range(4 - len(plan.layers), 4))
+        assert row.costs["parameters"] == count_parameters(plan.resize(original)) <= limit
+
+
+def test_scores_of_others_are_measured_again(files, tmp_path, monkeypatch):
+    """Those that `jaxdistill prune` left there, and those of another scorer; the same ones are used again."""
+    monkeypatch.setattr(search_module, "_distilled", lambda config, directory, plan: (2.0, 1.0))
+    monkeypatch.setattr(search_module, "write_text", stopped)
+    given, seen = drawn(files.searching(tmp_path)), []
+    plain = RandomScores.__call__
+    monkeypatch.setattr(RandomScores, "__call__", lambda self, text: seen.append(self.seed) or plain(self, text))
+    random_importance(TEACHER, 7).save(tmp_path / "importance.npz")
+    other = dataclasses.replace(given.train.student, scorer=RandomScores(seed=5))
+    other = dataclasses.replace(given, train=dataclasses.replace(given.train, student=other))
+    for config in (given, given, other, given):
+        with pytest.raises(KeyboardInterrupt):
+            searched(config)
+    assert seen == [0, 5, 0]
+    assert not (tmp_path / "config.json").exists()
+
+
+def stopped(*given, **named):
+    raise KeyboardInterrupt
+
+
+def test_the_page_says_bits_where_tokenizers_differ(files, tmp_path):
+    given = files.searching(tmp_path)
+    assert unit(given) == "KL to the teacher, nats per token"
+    across = dataclasses.replace(given.train, losses={"alm": ALM()})
+    assert unit(dataclasses.replace(given, train=across)) == "bits per byte"
+    alone = dataclasses.replace(given.train, teacher=TeacherConfig())
+    assert unit(dataclasses.replace(given, train=alone)) == "bits per byte"
 
 
 def test_shapes_that_no_format_holds_are_left_out(files, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,16 +22,15 @@ from jaxdistill.models.decoder import Execution
 from jaxdistill.models.export import check_exportable, write_hf
 from jaxdistill.prune.baselines import random_importance, weight_magnitude
 from jaxdistill.prune.choose import Target, choose, equal_importance
-from jaxdistill.prune.depth import best_window, layers_when_dropped
-from jaxdistill.prune.importance import Importance
+from jaxdistill.prune.depth import Depth, with_depth
+from jaxdistill.prune.importance import Aggregation, Importance
 from jaxdistill.prune.measure import Activations, Calibration, MaskGradients, calibrate
 from jaxdistill.prune.plan import PrunePlan
-from jaxdistill.prune.slice import NormRepair, prune_model
-from jaxdistill.sharding import Layout
+from jaxdistill.prune.slice import NormRepair, plan_cut, prune_model
+from jaxdistill.sharding import Layout, MeshConfig
 
 SCORERS = {"activations": Activations(), "mask-gradients": MaskGradients()}
 ScorerName = Literal["activations", "mask-gradients", "weights", "random"]
-DepthName = Literal["scorer", "loss", "kl", "block-by-loss", "block-by-kl"]
 SCORES, SETTINGS, PLAN, MODEL = "importance.npz", "importance.json", "plan.json", "model"
 
 
@@ -45,7 +44,9 @@ class PruneConfig:
     data: DataConfig
     batches: int
     scorer: ScorerName
-    depth: DepthName
+    over_tokens: Aggregation
+    over_rows: Aggregation
+    depth: Depth
     plan: str | None
     sort: bool
     merge_heads: bool
@@ -53,6 +54,7 @@ class PruneConfig:
     to: Literal["jaxdistill", "hf"]
     dtype: str
     activations: Literal["float32", "bfloat16"]
+    mesh: MeshConfig
 
     def __post_init__(self):
         check_choices(self)
@@ -64,23 +66,32 @@ class PruneConfig:
             raise ValueError("--plan says what is kept, and in which order: leave out --sort, --merge-heads, --depth.")
         if self.depth != "scorer" and not isinstance(self.target.layers, int):
             raise ValueError(f"--depth {self.depth} chooses layers; say how many to keep with --layers.")
+        if self.scorer != "activations" and self.reduction != Activations():
+            raise ValueError(f"--over-tokens and --over-rows reduce activations; leave them out for {self.scorer}.")
         reads_text = self.scorer in SCORERS or self.depth != "scorer"
         if self.plan is None and self.data.path is None and reads_text and (self.sort or self.target.needs_scores):
             raise ValueError("importance is measured on text; give --data FILE, or --plan FILE.")
 
+    @property
+    def reduction(self) -> Activations:
+        return Activations(sequence=self.over_tokens, batch=self.over_rows)
+
 
 def prune(config: PruneConfig) -> Path:
     """Writes OUT/plan.json and OUT/model, and returns the latter. Scores that OUT holds for the same settings are used
-    again. Refuses an OUT/model that exists, and sizes that cannot be, before any array is read."""
+    again. Refuses an OUT/model that exists, and sizes that cannot be (of the model, on the mesh, in the format), before
+    any array is read."""
     out = any_path(config.out)
     if (out / MODEL).exists():
         raise FileExistsError(f"{out / MODEL} exists. Choose another --out, or move it.")
     source = open_config(config.model)
     given = None if config.plan is None else PrunePlan.load(config.plan)
-    shape = config.target.resize(source) if given is None else given.resize(source)
-    if config.to == "hf":
-        check_exportable(shape)
-    layout = whole_machine()
+    layout = whole_machine(config.mesh)
+    # Which parts are kept may not be known before they are measured, but how many are.
+    foreseen = given or choose(source, equal_importance(source), config.target)
+    if config.to == "hf" and (given is not None or config.target.certain(source)):
+        check_exportable(foreseen.resize(source))
+    plan_cut(source, foreseen, layout=layout, norm_repair=config.norm_repair)
     with stage(f"opening {config.model}"):
         model = open_model(config.model, layout=layout, dtype=jnp.dtype(config.dtype))
     plan = given or make_plan(config, model, layout)
@@ -115,15 +126,11 @@ def make_plan(config: PruneConfig, model: Model, layout: Layout) -> PrunePlan:
         )
 
     scores, target = part_scores(config, model, layout, calibration), config.target
-    if isinstance(target.layers, int) and config.depth != "scorer":
-        given = calibration()
+    if config.depth != "scorer":
         with counted(f"layers by {config.depth}: batch") as progress:
-            given = dataclasses.replace(given, progress=progress)
-            if config.depth in ("loss", "kl"):
-                scores = dataclasses.replace(scores, layers=layers_when_dropped(given, by=config.depth))
-            elif target.layers < len(model.config.layers):
-                by = "loss" if config.depth == "block-by-loss" else "kl"
-                target = dataclasses.replace(target, layers=best_window(given, target.layers, by=by))
+            scores, target = with_depth(
+                config.depth, scores, target, lambda: dataclasses.replace(calibration(), progress=progress)
+            )
     return choose(model.config, scores, target, sort=config.sort, merge_heads=config.merge_heads)
 
 
@@ -135,19 +142,38 @@ def part_scores(
         return random_importance(model.config, config.data.seed)
     if config.scorer == "weights":
         return weight_magnitude(model.config, model.params, layout)
-    out = any_path(config.out)
     settings: Any = {"model": config.model, "scorer": config.scorer, "batches": config.batches, "dtype": config.dtype}
     settings |= {"activations": config.activations, "data": dataclasses.asdict(config.data)}
-    settings |= {"changed": [_changed(path) for path in (config.model, config.data.path) if path]}
-    if (out / SCORES).exists() and (out / SETTINGS).exists():
-        if json.loads((out / SETTINGS).read_text()) == json.loads(json.dumps(settings)):
-            print(f"importance: as measured before, in {out / SCORES}")
-            return Importance.load(out / SCORES)
-        (out / SETTINGS).unlink()
-    with counted(f"importance by {config.scorer}: batch") as progress:
-        scores = SCORERS[config.scorer](dataclasses.replace(calibration(), progress=progress))
-    scores.save(out / SCORES)
-    write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    settings |= {"over": [config.over_tokens, config.over_rows]}
+
+    def measure() -> Importance:
+        scorer = config.reduction if config.scorer == "activations" else SCORERS[config.scorer]
+        with counted(f"importance by {config.scorer}: batch") as progress:
+            return scorer(dataclasses.replace(calibration(), progress=progress))
+
+    return kept_scores(any_path(config.out), settings, [config.model, config.data.path], measure)
+
+
+def kept_scores(
+    out: Path,
+    settings: Mapping[str, Any],
+    files: Iterable[str | None],
+    measure: Callable[[], Importance],
+    *,
+    say: Callable[[str], None] = print,
+) -> Importance:
+    """OUT/importance.npz if it was made with these settings, from these files as they are now; else what is measured,
+    written there by process 0."""
+    made_with = json.loads(json.dumps({**settings, "changed": [_changed(path) for path in files if path]}))
+    if (out / SCORES).exists() and (out / SETTINGS).exists() and json.loads((out / SETTINGS).read_text()) == made_with:
+        say(f"importance: as measured before, in {out / SCORES}")
+        return Importance.load(out / SCORES)
+    scores = measure()
+    if jax.process_index() == 0:
+        # Settings last: they never stand beside the scores of others.
+        (out / SETTINGS).unlink(missing_ok=True)
+        scores.save(out / SCORES)
+        write_text(out / SETTINGS, json.dumps(made_with, indent=1) + "\n")
     return scores
 
 

@@ -72,8 +72,8 @@ def _ticking(what: str, state: Callable[[], str]) -> Iterator[None]:
         print(f"\r{line()}\033[K" if live else line(), file=sys.stderr, flush=True)
 
 
-def whole_machine() -> Layout:
-    """Parameters and rows spread over every device that there is."""
+def whole_machine(mesh: MeshConfig | None = None) -> Layout:
+    """Parameters and rows spread over every device that there is; None splits them over all."""
     import jax
 
-    return Layout() if jax.device_count() == 1 else Layout(make_mesh(MeshConfig()))
+    return Layout() if jax.device_count() == 1 else Layout(make_mesh(mesh or MeshConfig()))

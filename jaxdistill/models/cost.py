@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxdistill.models.flops import chosen_share
+from jaxdistill.models.flops import chosen_share, mean_keys
 from jaxdistill.models.schema import count_parameters, layer_sizes
 from jaxdistill.specs import LayerSpec, ModelConfig
 
@@ -56,9 +56,15 @@ def active_parameters(config: ModelConfig) -> int:
 
 
 def cache_bytes(config: ModelConfig, workload: Workload) -> float:
-    """Keys and values of all rows at their full length."""
-    numbers = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in config.layers if layer.mixer)
-    return numbers * workload.batch_size * workload.length * workload.number_bytes
+    """Keys and values of all rows at their full length; a layer with a window keeps those of its window."""
+    mixers = [layer.mixer for layer in config.layers if layer.mixer]
+    numbers = sum(2 * mixer.kv_heads * mixer.head_dim * _kept(workload.length, mixer.window) for mixer in mixers)
+    return numbers * workload.batch_size * workload.number_bytes
+
+
+def _kept(length: float, window: int | None) -> float:
+    """The tokens of a context whose keys are still needed."""
+    return length if window is None else min(window, length)
 
 
 def memory_bytes(config: ModelConfig, workload: Workload) -> float:
@@ -71,8 +77,8 @@ def latency_seconds(config: ModelConfig, workload: Workload, hardware: Hardware)
 
     Each attention, each feed-forward and the head takes the longer of its products at the peak rate and its weights and
     cache at the peak bandwidth; parts do not overlap, and nothing else takes time. The prompt is one pass, every token
-    of the answer another one over a context of mean length. Of a mixture's experts those are read that any of the
-    tokens chose, if each is as likely as the others.
+    of the answer another one over a context of mean length, or the window of a layer that has one. Of a mixture's
+    experts those are read that any of the tokens chose, if each is as likely as the others.
     """
     rows, answer = workload.batch_size, workload.answer
     context = workload.prompt + answer / 2
@@ -92,7 +98,11 @@ def latency_seconds(config: ModelConfig, workload: Workload, hardware: Hardware)
         share = chosen_share(spec)
         return attention + part(ffn + experts * share, tokens, read=ffn + experts * (1 - (1 - share) ** tokens))
 
-    # Half of a prompt's keys are before the mean token.
-    prompt = sum(layer(i, s, rows * workload.prompt, workload.prompt / 2) for i, s in enumerate(config.layers))
-    step = sum(layer(i, s, rows, context) for i, s in enumerate(config.layers)) + part(head, rows)
+    windows = [spec.mixer.window if spec.mixer else None for spec in config.layers]
+    prompt = sum(
+        layer(i, spec, rows * workload.prompt, mean_keys(workload.prompt, windows[i]))
+        for i, spec in enumerate(config.layers)
+    )
+    step = sum(layer(i, spec, rows, _kept(context, windows[i])) for i, spec in enumerate(config.layers))
+    step += part(head, rows)
     return prompt + part(head, rows) + answer * step

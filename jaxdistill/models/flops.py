@@ -33,15 +33,15 @@ def _products(config: ModelConfig, name: str) -> float:
 def forward_flops(config: ModelConfig, length: int) -> float:
     """FLOPs per token of a forward pass over rows of this length: products, and causal attention's half square, or the
     part of it that lies in a window."""
-
-    def seen(window: int | None) -> float:
-        """Keys of a query, on average."""
-        width = length if window is None else min(window, length)
-        return width - width**2 / (2 * length)
-
     mixers = [layer.mixer for layer in config.layers if layer.mixer is not None]
-    attention = sum(4 * mixer.heads * mixer.head_dim * seen(mixer.window) for mixer in mixers)
+    attention = sum(4 * mixer.heads * mixer.head_dim * mean_keys(length, mixer.window) for mixer in mixers)
     return 2 * product_parameters(config) + attention
+
+
+def mean_keys(length: int, window: int | None) -> float:
+    """How many keys a query of a row of this length sees, on average."""
+    width = length if window is None else min(window, length)
+    return width - width**2 / (2 * length)
 
 
 def training_flops(config: ModelConfig, length: int, *, frozen: Collection[str] = ()) -> float:

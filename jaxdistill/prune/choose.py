@@ -39,8 +39,13 @@ class Target:
         """Whether something is left to choose."""
         return isinstance(self.layers, int) or self != Target(layers=self.layers)
 
+    def certain(self, config: ModelConfig) -> bool:
+        """Whether the smaller shape is known before it is chosen what stays: not where some of different layers go."""
+        return not isinstance(self.layers, int) or self.layers == len(config.layers) or len({*config.layers}) == 1
+
     def resize(self, config: ModelConfig) -> ModelConfig:
-        """The shape of the smaller model, whichever parts are chosen; of layers that differ the first ones are taken.
+        """The shape of the smaller model, whichever parts are chosen; of layers that differ the first ones are taken
+        (see `certain`).
 
         Raises ValueError for sizes that the model does not have.
         """

@@ -7,7 +7,8 @@ both, and LLM Pruning and Distillation in Practice (2408.11796) drops one contig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,6 +19,8 @@ from jaxtyping import Array
 from jaxdistill.losses.chunked import default_chunk, evaluate_terms
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import apply
+from jaxdistill.prune.choose import Target
+from jaxdistill.prune.importance import Importance
 from jaxdistill.prune.measure import Calibration
 from jaxdistill.specs import ModelConfig
 from jaxdistill.types import Batch, Mean, Params
@@ -25,6 +28,25 @@ from jaxdistill.types import Batch, Mean, Params
 Measure = Literal["loss", "kl"]
 """What is looked at without the layers, in nats per token: the cross-entropy of the text ("loss"), or the forward KL
 from the full model ("kl")."""
+
+Depth = Literal["scorer", "loss", "kl", "block-by-loss", "block-by-kl"]
+"""How layers are chosen: as the scorer ranks them, by the measure without each of them, or as the contiguous block
+without which the measure is best."""
+
+
+def with_depth(
+    depth: Depth, scores: Importance, target: Target, calibration: Callable[[], Calibration]
+) -> tuple[Importance, Target]:
+    """Scores and sizes by which `choose` keeps the layers that `depth` says; they stay as they are where the scorer
+    says it, or the target says which layers are kept. calibration: called where layers are left out."""
+    if depth == "scorer" or not isinstance(target.layers, int):
+        return scores, target
+    by: Measure = "loss" if depth in ("loss", "block-by-loss") else "kl"
+    if depth == by:
+        return dataclasses.replace(scores, layers=layers_when_dropped(calibration(), by=by)), target
+    if target.layers >= len(scores.layers):
+        return scores, target
+    return scores, dataclasses.replace(target, layers=best_window(calibration(), target.layers, by=by))
 
 
 def without_layers(calibration: Calibration, dropped: Sequence[Sequence[int]], *, by: Measure = "loss") -> np.ndarray:

@@ -20,6 +20,7 @@ from jaxdistill.models.lora import Lora
 from jaxdistill.objective import AnyTerm, Weighting
 from jaxdistill.optimizer import AdamW, Optimizer, WarmupCosine
 from jaxdistill.prune.choose import Target
+from jaxdistill.prune.depth import Depth
 from jaxdistill.prune.measure import Activations, Scorer
 from jaxdistill.prune.slice import NormRepair
 from jaxdistill.sharding import DEFAULT_RULES, MeshConfig, Rules
@@ -79,6 +80,8 @@ class StudentConfig:
     """Its sizes, where they are smaller: the most important parts are kept, as measured before the first step."""
     scorer: Scorer = dataclasses.field(default_factory=Activations)
     """What importance is."""
+    depth: Depth = "scorer"
+    """How the layers of `prune.layers`, where that is a number, are chosen (`prune.depth`)."""
     calibration_batches: int = 16
     """Training batches that importance is measured on."""
     plan: str | None = None
@@ -126,6 +129,11 @@ class StudentConfig:
             raise ValueError("StudentConfig.plan and StudentConfig.prune are both given; a plan has its own sizes.")
         if self.model is not None and (self.plan is not None or not self.prune.changes_nothing):
             raise ValueError("StudentConfig.model is made fresh in its own sizes; leave out `prune` and `plan`.")
+        if self.plan is not None and self.depth != "scorer":
+            raise ValueError(
+                f"StudentConfig.depth is {self.depth} and StudentConfig.plan is given, which says what layers stay; "
+                "leave one of them out."
+            )
         if self.model is not None and self.lora is not None:
             raise ValueError("StudentConfig.model is made fresh: there is nothing to adapt; leave out `lora`.")
         if self.model is not None and self.model.suffixes is not None:
@@ -270,6 +278,10 @@ class TrainConfig:
             raise ValueError("nothing to train on; give --data.path FILE (text, JSONL, Parquet, ArrayRecord, TFDS).")
         if self.teacher.path is None and self.student.path is None and self.student.model is None:
             raise ValueError("no model; give --teacher.path DIR (and --student.path DIR for a student of its own).")
+        if self.student.depth != "scorer" and not isinstance(self.student.prune.layers, int):
+            raise ValueError(
+                f"student.depth {self.student.depth} chooses layers; say how many to keep with student.prune.layers."
+            )
         self._check_teacher()
         adapted = partition.matches(self.student.lora.targets if self.student.lora else ())
         if self.student.moved and not (self.student.trained("embedding.kernel") or adapted("embedding.kernel")):
@@ -319,7 +331,7 @@ MAY_CHANGE = frozenset(
 )
 """What a resume may give differently: nothing here changes what is computed, beyond rounding."""
 
-ADDED = {"data.chunks": "minimal", "weighting": "fixed", "student.suffixes": False}
+ADDED = {"data.chunks": "minimal", "weighting": "fixed", "student.suffixes": False, "student.depth": "scorer"}
 """Fields that older runs lack, and the value at which they change nothing."""
 
 

@@ -27,7 +27,8 @@ from jaxdistill.data.paths import source_at
 from jaxdistill.data.pipeline import Loader, make_loader
 from jaxdistill.formats.paths import any_path, write_text
 from jaxdistill.losses.alm import ALM
-from jaxdistill.models.export import check_exportable, exportable, write_hf
+from jaxdistill.models.export import check_exportable, write_hf
+from jaxdistill.models.families.family import ConfigError
 from jaxdistill.models.lora import adapter_schema, merge_adapters
 from jaxdistill.models.schema import count_parameters
 from jaxdistill.prune.plan import PrunePlan
@@ -126,7 +127,7 @@ class _Run:
         config, places = self.config, Places.of(self.config)
         with self.clock.measure("open data"):
             texts = tokenizers_of(config)
-            check_shapes(config, self.plan)
+            check_shapes(config, self.plan, layout=places.student)
             self.loader = self._loader(texts)
             self.held_out_batches = held_out_batches(config, texts)
         with self.clock.measure("open models"):
@@ -404,16 +405,23 @@ class _Run:
         config, params, tokenizer = self.student.config, self._student_params(), self.student.tokenizer
         if self.student.lora is not None:
             params = merge_adapters(params, self.student.lora)
-        own = self.config.export == "jaxdistill" or not exportable(config)
-        if self.config.export == "huggingface" and own:
-            self.say("the student's layers differ, which Hugging Face's format cannot hold; writing jaxdistill's")
-        elif self.config.export == "huggingface" and jax.process_count() > 1:
-            self.say("several processes write jaxdistill's format; `jaxdistill convert` makes Hugging Face's of it")
-        if own or jax.process_count() > 1:
+        if self.config.export == "jaxdistill" or self._must_be_ours(config):
             save_model(target, config, params, write_tokenizer=tokenizer.save)
         else:
             write_hf(target, config, params, dtype=self.config.export_dtype, tokenizer=tokenizer)
         return target
+
+    def _must_be_ours(self, config: ModelConfig) -> bool:
+        """Whether Hugging Face's format cannot be written, which is said."""
+        try:
+            check_exportable(config)
+        except ConfigError as error:
+            self.say(f"writing jaxdistill's format: {error}")
+            return True
+        if jax.process_count() > 1:
+            self.say("several processes write jaxdistill's format; `jaxdistill convert` makes Hugging Face's of it")
+            return True
+        return False
 
     def exported(self) -> bool:
         """Whether a finished run has nothing more to write."""

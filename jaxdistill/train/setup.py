@@ -24,16 +24,17 @@ from jaxdistill.losses.pairs import MinED
 from jaxdistill.losses.router import RouterBalance, RouterZ
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term, TopOneAgreement
 from jaxdistill.models.decoder import Execution, apply
+from jaxdistill.models.export import check_exportable
 from jaxdistill.models.flops import adapter_flops, forward_flops, training_flops
 from jaxdistill.models.lora import Lora, adapted, adapted_kernels, adapter_shardings, init_adapters
 from jaxdistill.models.schema import init_params, param_shardings, weights
 from jaxdistill.objective import AnyTerm
 from jaxdistill.optimizer import side_by_side
 from jaxdistill.prune.choose import choose, equal_importance
-from jaxdistill.prune.importance import Importance
-from jaxdistill.prune.measure import Progress, calibrate
+from jaxdistill.prune.depth import with_depth
+from jaxdistill.prune.measure import Calibration, Progress, calibrate
 from jaxdistill.prune.plan import PrunePlan
-from jaxdistill.prune.slice import prune_model
+from jaxdistill.prune.slice import plan_cut, prune_model
 from jaxdistill.retokenize import carried_ids, check_suffixes, retokenize_model
 from jaxdistill.sharding import Layout, make_mesh, put_batch, put_global_batch
 from jaxdistill.specs import MixtureOfExperts, ModelConfig
@@ -154,24 +155,22 @@ def _plan(config: TrainConfig, source: Model, layout: Layout, progress: Progress
         return None
     if not chosen.prune.needs_scores:
         return choose(source.config, equal_importance(source.config), chosen.prune)
-    scores = measure_parts(config, source, layout, progress)
-    return choose(source.config, scores, chosen.prune)
+    text = calibration_of(config, source, layout, progress)
+    scores, target = with_depth(chosen.depth, chosen.scorer(text), chosen.prune, lambda: text)
+    return choose(source.config, scores, target)
 
 
-def measure_parts(config: TrainConfig, source: Model, layout: Layout, progress: Progress) -> Importance:
-    """The importance of a model's parts on the first training batches, measured as the student's settings say."""
-    chosen = config.student
-    return chosen.scorer(
-        calibrate(
-            source.config,
-            source.params,
-            source.tokenizer,
-            config.data,
-            batches=chosen.calibration_batches,
-            layout=layout,
-            execution=chosen.execution,
-            progress=progress,
-        )
+def calibration_of(config: TrainConfig, source: Model, layout: Layout, progress: Progress) -> Calibration:
+    """A model with the first training batches, on which the student's settings say how its parts are measured."""
+    return calibrate(
+        source.config,
+        source.params,
+        source.tokenizer,
+        config.data,
+        batches=config.student.calibration_batches,
+        layout=layout,
+        execution=config.student.execution,
+        progress=progress,
     )
 
 
@@ -282,23 +281,27 @@ def _check_same_tokens(teacher: tuple[ModelConfig, Tokenizer], student: tuple[Mo
         )
 
 
-def check_shapes(config: TrainConfig, plan: PrunePlan | None = None) -> None:
-    """Refuses sizes of the student, and pairs of layers to match, that the models do not have.
+def check_shapes(config: TrainConfig, plan: PrunePlan | None = None, *, layout: Layout = Layout()) -> None:
+    """Refuses sizes of the student, and pairs of layers to match, that the models do not have; sizes that the student's
+    layout does not divide, norms that cannot be repaired, and a student that cannot be written as it should be.
 
     Reads descriptions, no arrays. plan: what is kept, where that is known from before.
     """
     chosen, teacher = config.student, None if config.teacher.path is None else open_config(config.teacher.path)
-    shape = chosen.model
+    shape, known = chosen.model, True
     if shape is None:
         source = teacher if chosen.path is None else open_config(chosen.path)
         assert source is not None, "TrainConfig.check requires a model"
         if plan is None and chosen.plan is not None:
             plan = PrunePlan.load(chosen.plan)
+        known = plan is not None or chosen.prune.certain(source)
         # Which parts are kept may not be known before they are measured, but how many are.
         plan = plan or choose(source, equal_importance(source), chosen.prune)
-        shape = plan.resize(source)
+        shape, _ = plan_cut(source, plan, layout=layout, norm_repair=chosen.norm_repair)
     if chosen.moved:
         shape = dataclasses.replace(shape, vocab=load_tokenizer(str(chosen.tokenizer)).vocab_size)
+    if config.export == "huggingface" and known and shape.homogeneous:
+        check_exportable(shape)
     _check_adapters(chosen, shape)
     if config.teacher.correction is not None and teacher is not None and teacher.suffixes is not None:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import typing
 
@@ -13,17 +14,20 @@ from tiny import llama
 
 from jaxdistill import cli
 from jaxdistill.checkpoint.model import save_model
-from jaxdistill.checkpoint.open import open_model
+from jaxdistill.checkpoint.open import open_config, open_model
 from jaxdistill.data import DataConfig
 from jaxdistill.jobs import prune as prune_job
 from jaxdistill.models.cost import HARDWARE
 from jaxdistill.models.schema import abstract_params
 from jaxdistill.prune import measure
 from jaxdistill.prune.choose import Target, choose
+from jaxdistill.prune.importance import Aggregation
 from jaxdistill.prune.measure import Activations, calibrate
 from jaxdistill.prune.plan import PrunePlan
 from jaxdistill.prune.slice import prune_model
 from jaxdistill.search import HardwareName
+from jaxdistill.sharding import MeshConfig
+from jaxdistill.specs import Norm
 from jaxdistill.tokenizers import ByteTokenizer
 
 CONFIG = llama(layers=3, vocab=261)
@@ -97,6 +101,10 @@ def test_sorted_models_score_the_same_text_alike(files, tmp_path):
         (("--mlp", 33, "--data", "x.jsonl"), "mlp of layer 0: 33 of 32 are to be kept; choose from 1 to 32"),
         (("--heads", 3, "--data", "x.jsonl"), "3 query heads are to be kept with 2 key-value heads"),
         (("--embed", 10, "--data", "x.jsonl", "--to", "hf"), "transformers loads a llama only if"),
+        (("--embed", 12, "--data", "x.jsonl"), "embed would be 12, which the 8 devices that split it do not divide"),
+        (("--embed", 12, "--data", "x.jsonl", "--mesh.fsdp", 3), "choose sizes whose product is 8"),
+        (("--mlp", 16, 8, "--data", "x.jsonl"), "mlp gives 2 sizes for 3 kept layers"),
+        (("--mlp", 16, "--scorer", "weights", "--over-rows", "mean"), "leave them out for weights"),
         (("--layers", 2, "--keep-layers", 0, 1), "say how many, or which"),
         (("--plan", "nowhere.json"), "nowhere.json"),
         (("--plan", "nowhere.json", "--mlp", 16), "--plan has its own sizes"),
@@ -108,6 +116,35 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(files, tmp_path, capsy
     assert run(files / "model", "--out", tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_norms_that_cannot_be_repaired_are_refused_before_the_model_is_read(files, tmp_path, capsys, monkeypatch):
+    uncentred = dataclasses.replace(CONFIG, norm=Norm(kind="layer"))
+    monkeypatch.setattr(prune_job, "open_config", lambda path: uncentred)
+    monkeypatch.setattr(prune_job, "open_model", None)
+    sizes = ("--embed", 8, "--scorer", "weights", "--norm-repair", "exact")
+    assert run(files / "model", "--out", tmp_path / "out", *sizes) == 2
+    assert "norm_repair is 'exact'" in capsys.readouterr().err
+
+
+def test_sizes_of_layers_on_a_mesh_of_choice(files, tmp_path):
+    """12 channels are 3 for each of 4 devices; with 8 they would be refused."""
+    sizes = ("--layers", 2, "--mlp", 16, 8, "--embed", 12, "--mesh.fsdp", 4, "--mesh.tensor", 2)
+    assert run(files / "model", "--out", tmp_path, *sizes, "--scorer", "weights") == 0
+    cut = open_config(tmp_path / "model")
+    assert (cut.embed, [layer.ffn.mlp for layer in cut.layers]) == (12, [16, 8])
+
+
+def test_tokens_and_rows_become_one_number_as_asked(files, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Activations, "__call__", lambda self, text: seen.append(self) or measure.random_importance(text.config, 0)
+    )
+    asked = ("--data", files / "text.jsonl", "--mlp", 16, "--out", tmp_path)
+    assert run(files / "model", *asked, *SMALL, "--over-tokens", "l2", "--over-rows", "variance") == 0
+    (tmp_path / "model").rename(tmp_path / "first")
+    assert run(files / "model", *asked, *SMALL) == 0
+    assert seen == [Activations(sequence="l2", batch="variance"), Activations()]
 
 
 def test_scores_that_read_no_text_need_none(files, tmp_path):
@@ -134,7 +171,10 @@ def test_another_model_at_the_same_path_is_measured_again(files, tmp_path, capsy
 def test_the_command_line_offers_what_there_is():
     hints = typing.get_type_hints(cli.prune)
     assert typing.get_args(hints["scorer"]) == typing.get_args(prune_job.ScorerName)
-    assert typing.get_args(hints["depth"]) == typing.get_args(prune_job.DepthName)
+    assert typing.get_args(hints["depth"]) == typing.get_args(prune_job.Depth)
+    assert typing.get_args(hints["over_tokens"]) == typing.get_args(Aggregation) == typing.get_args(hints["over_rows"])
+    meshes = {name.removeprefix("mesh_") for name in hints if name.startswith("mesh_")}
+    assert meshes == {field.name for field in dataclasses.fields(MeshConfig)}
     assert set(prune_job.SCORERS) < set(typing.get_args(prune_job.ScorerName))
     assert set(typing.get_args(HardwareName)) == set(HARDWARE)
 

@@ -49,6 +49,24 @@ def test_latency_where_bandwidth_is_the_bound():
     assert latency_seconds(CONFIG, WORKLOAD, machine) == pytest.approx(expected)
 
 
+def test_a_window_bounds_what_is_cached_read_and_multiplied():
+    """One layer of two sees 5 tokens: of 12 it keeps 5, a prompt's token sees 5 - 25 / 16 on average, an answer's 5."""
+    near, far = CONFIG.layers
+    windowed = dataclasses.replace(near, mixer=dataclasses.replace(near.mixer, window=5))
+    config = dataclasses.replace(CONFIG, layers=(windowed, far))
+    assert cache_bytes(config, WORKLOAD) == 2 * 2 * 4 * 3 * (5 + 12) * 2
+    quick = Hardware(flops_per_second=1e30, bytes_per_second=1e6)
+    read = 2 * 2 * 4 * 3 * ((4 - (5 - 25 / 16)) + 4 * (10 - 5))
+    saved = latency_seconds(CONFIG, WORKLOAD, quick) - latency_seconds(config, WORKLOAD, quick)
+    assert saved == pytest.approx(2 * read / 1e6)
+    slow = Hardware(flops_per_second=1e6, bytes_per_second=1e30)
+    attended = 4 * 16 * (24 * (4 - (5 - 25 / 16)) + 4 * 3 * (10 - 5))
+    saved = latency_seconds(CONFIG, WORKLOAD, slow) - latency_seconds(config, WORKLOAD, slow)
+    assert saved == pytest.approx(attended / 1e6)
+    unbounded = dataclasses.replace(windowed, mixer=dataclasses.replace(windowed.mixer, window=99))
+    assert cache_bytes(dataclasses.replace(CONFIG, layers=(unbounded, far)), WORKLOAD) == cache_bytes(CONFIG, WORKLOAD)
+
+
 def test_a_token_meets_the_experts_that_it_chooses():
     config = mixture(experts=8, mlp=12)
     expert, others = 3 * 16 * 12, ATTENTION + 16 + 16 * 8

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import llama
+from tiny import llama, params
 from train_cases import LENGTH, STEPS, TEACHER, checkpoints, held_out_of, metrics, poisoned, run, saved, steps_of
 
 from jaxdistill.checkpoint.arrays import CheckpointError
@@ -25,12 +25,16 @@ from jaxdistill.losses.terms import CrossEntropy
 from jaxdistill.models.decoder import apply
 from jaxdistill.models.schema import abstract_params, init_params
 from jaxdistill.optimizer import Optax
-from jaxdistill.prune.choose import Target
+from jaxdistill.prune.baselines import weight_magnitude
+from jaxdistill.prune.choose import Target, choose
+from jaxdistill.prune.depth import best_window, layers_when_dropped
+from jaxdistill.prune.measure import WeightMagnitude
 from jaxdistill.prune.plan import depth_plan
-from jaxdistill.sharding import MeshConfig
+from jaxdistill.sharding import Layout, MeshConfig
+from jaxdistill.specs import Norm
 from jaxdistill.tokenizers import load_tokenizer
 from jaxdistill.tokenizers.byte_level import ByteTokenizer
-from jaxdistill.train import loop
+from jaxdistill.train import loop, setup
 from jaxdistill.train.config import (
     CheckpointConfig,
     HeldOutConfig,
@@ -196,9 +200,10 @@ def test_the_exported_student_holds_the_trained_parameters(files, whole, tmp_pat
 
 
 def test_a_student_of_unequal_layers_trains_on_text_alone_and_exports_in_our_format(files, tmp_path, capsys):
+    """And says what Hugging Face's format lacks: here, that heads divide channels."""
     layer = TEACHER.layers[0]
     wide = dataclasses.replace(layer, ffn=dataclasses.replace(layer.ffn, mlp=48))
-    shape = dataclasses.replace(TEACHER, layers=(layer, wide))
+    shape = dataclasses.replace(TEACHER, embed=18, layers=(layer, wide))
     config = files.config(
         tmp_path,
         teacher=TeacherConfig(),
@@ -210,7 +215,9 @@ def test_a_student_of_unequal_layers_trains_on_text_alone_and_exports_in_our_for
     result = run(config)
     assert is_model(result.student)
     assert open_model(result.student).config == shape
-    assert "layers differ" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "writing jaxdistill's format: " in printed
+    assert "transformers loads a llama only if" in printed
     assert set(result.held_out) == {"cross_entropy_nats", "bits_per_byte"}
 
 
@@ -263,6 +270,72 @@ def test_pairs_of_layers_are_checked_against_a_plan_before_models_are_read(files
     student = StudentConfig(plan=str(tmp_path / "plan.json"))
     with pytest.raises(ValueError, match=r"\[\(2, 2\)\]; the student has 2 layers and the teacher 3"):
         run(files.config(tmp_path, student=student, losses={"states": HiddenMatch(layers=((2, 2),))}))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "changes", "message"),
+    [
+        ({"prune": Target(embed=12)}, {}, "embed would be 12, which the 8 devices that split it do not divide"),
+        ({"prune": Target(embed=8), "norm_repair": "exact"}, {}, "norm_repair is 'exact'"),
+        (
+            {"prune": Target(embed=10)},
+            {"mesh": MeshConfig(fsdp=1, data=8), "export": "huggingface"},
+            "transformers loads a llama only if",
+        ),
+    ],
+)
+def test_students_that_cannot_be_made_are_refused_before_models_are_read(
+    files, tmp_path, monkeypatch, chosen, changes, message
+):
+    monkeypatch.setattr(loop, "open_teacher", None)
+    if "norm_repair" in chosen:
+        uncentred = dataclasses.replace(TEACHER, norm=Norm(kind="layer"))
+        monkeypatch.setattr(setup, "open_config", lambda path: uncentred)
+    with pytest.raises(ValueError, match=message):
+        run(files.config(tmp_path, student=StudentConfig(**chosen), **changes), devices=8)
+
+
+def test_a_student_is_cut_out_of_its_own_path_by_its_own_importance(files, tmp_path):
+    """As in the second round of iterative pruning: the teacher stays the original."""
+    own = llama(vocab=264, layers=2, mlp=24)
+    values = params(own, seed=3)
+    save_model(tmp_path / "own", own, values, write_tokenizer=load_tokenizer("bytes").save)
+    chosen = StudentConfig(
+        path=str(tmp_path / "own"), prune=Target(mlp=8), scorer=WeightMagnitude(), calibration_batches=1
+    )
+    config = files.config(tmp_path / "run", student=chosen)
+    setup.check_shapes(config)
+    student = setup.make_student(config, open_model(files.teacher), setup.Places(Layout(), Layout()))
+    assert student.plan == choose(own, weight_magnitude(own, values), Target(mlp=8))
+    assert student.config == Target(mlp=8).resize(own)
+
+
+@pytest.mark.parametrize("depth", ["loss", "block-by-kl"])
+def test_layers_of_a_student_are_chosen_by_leaving_them_out(files, tmp_path, depth):
+    student = StudentConfig(prune=Target(layers=2, mlp=8), scorer=WeightMagnitude(), calibration_batches=1, depth=depth)
+    config = files.config(tmp_path, student=student)
+    teacher = open_model(files.teacher)
+    text = setup.calibration_of(config, teacher, Layout(), lambda done, total: None)
+    if depth == "loss":
+        scores = layers_when_dropped(text, by="loss")
+        expected = tuple(sorted(int(i) for i in np.argsort(-scores)[:2]))
+    else:
+        expected = best_window(text, 2, by="kl")
+    chosen = setup.make_student(config, teacher, setup.Places(Layout(), Layout())).plan
+    assert chosen.layers == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({}, "say how many to keep with student.prune.layers"),
+        ({"prune": Target(layers=(0, 1))}, "say how many to keep with student.prune.layers"),
+        ({"plan": "plan.json"}, "StudentConfig.plan is given"),
+    ],
+)
+def test_a_way_to_choose_layers_needs_their_number(files, tmp_path, chosen, message):
+    with pytest.raises(ValueError, match=message):
+        files.config(tmp_path, student=StudentConfig(depth="loss", **chosen)).check()
 
 
 def test_a_run_without_a_directory_is_refused(files):
