@@ -84,7 +84,9 @@ class PrunePlan:
     model, since the residual stream runs through all of it. widths: for each of the axes `specs.WIDTH_AXES` that the
     model has, one choice for each kept layer, empty where the layer lacks the axis. Query heads stand in the order of
     their key-value heads, equally many for each; so do the neurons of a mixture in that of its experts, neuron j of
-    expert i being i · mlp + j.
+    expert i being i · mlp + j. Where parts are sorted by importance, the first n channels, neurons, key-value heads or
+    experts are those of the plan of size n; of query heads the first n of each key-value head are, and of a mixture's
+    neurons the first n of each expert, never the first of all.
     head_partners: empty, or for each kept layer and query head the head of its group whose residual its query weights
     take (W becomes W + (W - W of the partner)); itself where nothing changes.
     """
@@ -143,8 +145,8 @@ class PrunePlan:
             return
         if "heads" not in self.widths:
             raise ValueError(
-                "the plan gives head_partners and not which query heads are kept; give heads and kv_heads too, or leave "
-                "head_partners out."
+                "the plan gives head_partners and not which query heads are kept; give heads and kv_heads too, or "
+                "leave head_partners out."
             )
         if [len(each) for each in self.head_partners] != [len(each) for each in self.widths["heads"]]:
             raise ValueError("head_partners does not give one head for each kept query head of each kept layer.")

@@ -317,9 +317,7 @@ def test_attention_that_llama_cannot_express_is_refused(change, named):
             check_exportable(config)
 
 
-@pytest.mark.parametrize(
-    "change", [{"soft_cap": 30.0}, {"norm": Norm(one_plus=True)}, {"norm": Norm(kind="layer")}]
-)
+@pytest.mark.parametrize("change", [{"soft_cap": 30.0}, {"norm": Norm(one_plus=True)}, {"norm": Norm(kind="layer")}])
 def test_what_llama_has_no_field_for_is_refused(change):
     with pytest.raises(ConfigError, match=f"{next(iter(change))} is .* and would be"):
         check_exportable(dataclasses.replace(SMOLLM2_CONFIG, **change))

@@ -172,7 +172,7 @@ def test_a_plan_of_another_model_of_the_same_widths_is_refused(change, message):
     old = PrunePlan.from_dict(document)
     assert old.to_dict() == document
     assert old.resize(other) == other
-    with pytest.raises(ValueError, match="embed 8; .* this one has 3 layers, embed 16, family llama"):
+    with pytest.raises(ValueError, match=r"embed 8; .* this one has 3 layers, embed 16, family llama"):
         old.check(llama(layers=3))
 
 
