@@ -17,7 +17,7 @@ from jaxdistill.formats.safetensors import save_safetensors
 from jaxdistill.formats.source import TensorInfo
 from jaxdistill.models.families import FAMILIES
 from jaxdistill.models.families.family import ConfigError, axis_sizes, to_stored
-from jaxdistill.models.parts import ParamsInParts, Parts, part_names
+from jaxdistill.models.parts import ParamsInParts, Parts, RescaledParts, part_names
 from jaxdistill.models.schema import schema
 from jaxdistill.specs import LayerSpec, ModelConfig
 from jaxdistill.tokenizers.base import SpecialTokens, Tokenizer
@@ -41,9 +41,10 @@ def write_hf(
     """A model as config.json, safetensors and the tokenizer's files; returns the directory. See `write_hf_parts`.
 
     params: the stacked tree; one tensor at a time is brought to the host. dtype: float32, bfloat16 or float16. The
-    tokenizer also gives the ids that begin and end a text. A tied head is not written. The directory appears complete
-    or not at all; an existing non-empty one is refused unless `replace`. Raises ConfigError for a model that the
-    format cannot express: ask `check_exportable` before training one.
+    tokenizer also gives the ids that begin and end a text. A tied head is not written. Where the format has another
+    scale of embeddings (Gemma's follows from the width), the parameters take up the difference. The directory appears
+    complete or not at all; an existing non-empty one is refused unless `replace`. Raises ConfigError for a model that
+    the format cannot express: ask `check_exportable` before training one.
     """
     check_exportable(config)
     _check_local(params)
@@ -73,8 +74,8 @@ def write_hf_parts(
     source: what the parts come from and which of its states; given, an interrupted writing goes on at the shard where
     it was. progress: called with (bytes written, bytes in all).
     """
-    config = parts.config
-    fields = check_exportable(config)
+    fields, config = _expressed(parts.config)
+    parts = RescaledParts(parts, config.embed_scale)
     kind = np.dtype(dtype)
     if kind.name not in WRITTEN_DTYPES:
         raise ValueError(f"dtype is {kind}; allowed are {', '.join(WRITTEN_DTYPES)}.")
@@ -158,7 +159,12 @@ class _Tensors:
 
 def check_exportable(config: ModelConfig) -> dict[str, Any]:
     """The config.json fields of a model's architecture; raises ConfigError if the format cannot express it: what is
-    written is read again, and must be the same model."""
+    written is read again, and must be the same model, but for a scale of embeddings that parameters can take up."""
+    return _expressed(config)[0]
+
+
+def _expressed(config: ModelConfig) -> tuple[dict[str, Any], ModelConfig]:
+    """The fields, and the model as they say it."""
     if config.suffixes is not None:
         raise ConfigError(
             "this model of bytes adds the embedding of the longest token that ends at each byte to its input, which no "
@@ -174,13 +180,14 @@ def check_exportable(config: ModelConfig) -> dict[str, Any]:
         )
     family = FAMILIES[config.family]
     fields = family.to_hf(config)
-    if differences := _differences(config, family.from_hf(fields)):
+    read = family.from_hf(fields)
+    if differences := _differences(dataclasses.replace(config, embed_scale=read.embed_scale), read):
         raise ConfigError(
             f"a Hugging Face config.json of {config.family} cannot say what this model is: {differences}. Where only "
             "sizes differ from layer to layer, pad it (`--pad`; its outputs stay the same); or keep it as a checkpoint "
             "of ours."
         )
-    return fields
+    return fields, read
 
 
 def exportable(config: ModelConfig) -> bool:

@@ -25,6 +25,29 @@ class Parts(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class RescaledParts:
+    """A model whose embeddings enter with another scale, and the same model: its table has the rest of the old scale as
+    a factor. Where that table is the head as well, the final norm takes the factor off again."""
+
+    parts: Parts
+    embed_scale: float
+
+    @property
+    def config(self) -> ModelConfig:
+        return dataclasses.replace(self.parts.config, embed_scale=self.embed_scale)
+
+    def read(self, name: str, expert: int | None = None) -> np.ndarray:
+        value, config = self.parts.read(name, expert), self.parts.config
+        factor = np.float32(config.embed_scale / self.embed_scale)
+        if factor != 1 and name.endswith("embedding.kernel"):
+            return np.multiply(value, factor, dtype=np.float32)
+        if factor != 1 and config.tied and name.startswith("final_norm."):
+            kept = np.float32(config.norm.one_plus and name.endswith("scale"))
+            return (value.astype(np.float32) + kept) / factor - kept
+        return value
+
+
 def part_names(config: ModelConfig) -> Iterator[tuple[str, int | None]]:
     """What `Parts.read` is asked for, all of it: names in the model's order, and experts one by one."""
     for name, spec in schema(config).items():

@@ -20,18 +20,60 @@ GROUPS = {"heads": "kv_heads", "mlp": "experts"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of the axes that a plan may cut: of the whole model, and of each of its layers by axis name."""
+    """The sizes of the axes that a plan may cut: of the whole model, and of each of its layers by axis name.
+
+    The rest tells models apart whose sizes are equal; None in plans that were saved without it. head_dims: of each
+    layer, 0 where it has no attention.
+    """
 
     embed: int
     layers: tuple[Mapping[str, int], ...]
+    family: str | None = None
+    vocab: int | None = None
+    head_dims: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, config: ModelConfig) -> Shape:
-        return cls(embed=config.embed, layers=tuple(layer.widths for layer in config.layers))
+        return cls(
+            embed=config.embed,
+            layers=tuple(layer.widths for layer in config.layers),
+            family=config.family,
+            vocab=config.vocab,
+            head_dims=tuple(0 if layer.mixer is None else layer.mixer.head_dim for layer in config.layers),
+        )
+
+    def agrees(self, other: Shape) -> bool:
+        """Whether both are the same as far as both are known."""
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self)]
+        return all(own == theirs for own, theirs in pairs if own is not None and theirs is not None)
 
     def __str__(self) -> str:
         kinds = sorted({", ".join(f"{name} {size}" for name, size in layer.items()) for layer in self.layers})
-        return f"{len(self.layers)} layers, embed {self.embed}; {' or '.join(kinds)}"
+        known = {
+            "embed": self.embed,
+            "family": self.family,
+            "vocab": self.vocab,
+            "head_dim": " or ".join(map(str, sorted({*(self.head_dims or ())} - {0}))) or None,
+        }
+        told = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+        return f"{len(self.layers)} layers, {told}; {' or '.join(kinds)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, without what is not known."""
+        values = dataclasses.asdict(self) | {"layers": [dict(layer) for layer in self.layers]}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Shape:
+        """The inverse of `to_dict`. Raises KeyError, TypeError or AttributeError for anything else."""
+        dims = document.get("head_dims")
+        return cls(
+            embed=int(document["embed"]),
+            layers=tuple(dict(each) for each in document["layers"]),
+            family=document.get("family"),
+            vocab=document.get("vocab"),
+            head_dims=None if dims is None else tuple(dims),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +84,9 @@ class PrunePlan:
     model, since the residual stream runs through all of it. widths: for each of the axes `specs.WIDTH_AXES` that the
     model has, one choice for each kept layer, empty where the layer lacks the axis. Query heads stand in the order of
     their key-value heads, equally many for each; so do the neurons of a mixture in that of its experts, neuron j of
-    expert i being i · mlp + j.
+    expert i being i · mlp + j. Where parts are sorted by importance, the first n channels, neurons, key-value heads or
+    experts are those of the plan of size n; of query heads the first n of each key-value head are, and of a mixture's
+    neurons the first n of each expert, never the first of all.
     head_partners: empty, or for each kept layer and query head the head of its group whose residual its query weights
     take (W becomes W + (W - W of the partner)); itself where nothing changes.
     """
@@ -99,10 +143,17 @@ class PrunePlan:
         """A head's partner is of its own key-value head."""
         if not self.head_partners:
             return
+        if "heads" not in self.widths:
+            raise ValueError(
+                "the plan gives head_partners and not which query heads are kept; give heads and kv_heads too, or "
+                "leave head_partners out."
+            )
         if [len(each) for each in self.head_partners] != [len(each) for each in self.widths["heads"]]:
             raise ValueError("head_partners does not give one head for each kept query head of each kept layer.")
         for layer, heads, others in zip(self.layers, self.widths["heads"], self.head_partners, strict=True):
             parts = self.source.layers[layer]
+            if not heads:  # A layer without attention.
+                continue
             size = parts["heads"] // parts["kv_heads"]
             if [head // size for head in heads] != [head // size for head in others]:
                 raise ValueError(
@@ -124,7 +175,7 @@ class PrunePlan:
     def check(self, config: ModelConfig) -> None:
         """Refuses another model than the one whose indices these are."""
         given = Shape.of(config)
-        if given != self.source:
+        if not given.agrees(self.source):
             raise ValueError(
                 f"the plan was made for a model of {self.source}; this one has {given}. Make a plan for this model."
             )
@@ -147,7 +198,7 @@ class PrunePlan:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, runs of indices as "first-last"."""
         return {
-            "source": {"embed": self.source.embed, "layers": [dict(layer) for layer in self.source.layers]},
+            "source": self.source.to_dict(),
             "layers": _written(self.layers),
             "embed": _written(self.embed),
             "widths": {axis: [_written(chosen) for chosen in choices] for axis, choices in self.widths.items()},
@@ -158,9 +209,8 @@ class PrunePlan:
     def from_dict(cls, document: Mapping[str, Any]) -> PrunePlan:
         """The inverse of `to_dict`. Raises ValueError for anything else."""
         try:
-            source = document["source"]
             return cls(
-                source=Shape(embed=int(source["embed"]), layers=tuple(dict(each) for each in source["layers"])),
+                source=Shape.from_dict(document["source"]),
                 layers=_read(document["layers"]),
                 embed=_read(document["embed"]),
                 widths={axis: tuple(map(_read, choices)) for axis, choices in document["widths"].items()},

@@ -11,10 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
+from tiny import family_models, packed_batch, slow
+from tiny import params as tiny_params
 
-from jaxdistill.models.export import check_exportable, write_hf
+from jaxdistill.checkpoint.model import save_model
+from jaxdistill.checkpoint.parts import SavedInParts
+from jaxdistill.models.decoder import apply, scores
+from jaxdistill.models.export import check_exportable, write_hf, write_hf_parts
 from jaxdistill.models.families.family import ConfigError
 from jaxdistill.models.load import read_model
+from jaxdistill.prune.baselines import random_importance
+from jaxdistill.prune.choose import Target, choose
+from jaxdistill.prune.slice import prune_model
 from jaxdistill.sharding import Layout, MeshConfig, make_mesh
 from jaxdistill.specs import GatedMLP
 from jaxdistill.tokenizers.base import SpecialTokens
@@ -86,6 +94,35 @@ def test_config_and_generation_settings(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert {dtype for dtype, _, _ in raw_tensors(tmp_path / "out").values()} == {"BF16"}
     assert "lm_head.weight" not in raw_tensors(tmp_path / "out")
+
+
+def logits(config, params) -> np.ndarray:
+    outputs = jax.jit(lambda p: apply(config, p, packed_batch(0, vocab=config.vocab)))(params)
+    return np.asarray(scores(outputs.hidden, outputs.head))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["gemma", slow("gemma2"), slow("gemma3"), slow("nemotron")])
+def test_a_scale_of_embeddings_that_files_do_not_have_moves_into_the_parameters(name, tied, tmp_path):
+    """Gemma's is the root of the width, in files that of the smaller one. Nemotron has none, and a final norm with a
+    bias. Only where the head is the table does the final norm change."""
+    config = dataclasses.replace(family_models()[name], tied=tied)
+    if name == "nemotron":
+        config = dataclasses.replace(config, embed_scale=3.0)
+    params = tiny_params(config)
+    config, params = prune_model(config, params, choose(config, random_importance(config, 0), Target(embed=12)))
+    expected = logits(config, params)
+    save_model(tmp_path / "ours", config, params)
+    write_hf(tmp_path / "whole", config, params, dtype="float32")
+    write_hf_parts(tmp_path / "parts", SavedInParts.open(tmp_path / "ours"), dtype="float32", source="it")
+    assert raw_tensors(tmp_path / "whole") == raw_tensors(tmp_path / "parts")
+    read, again = read_model(tmp_path / "whole")
+    assert read == dataclasses.replace(config, embed_scale=1.0 if name == "nemotron" else 12**0.5)
+    np.testing.assert_allclose(logits(read, again), expected, rtol=1e-5, atol=1e-5)
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), again, params)
+    assert changed["embedding"]["kernel"]
+    assert {*jax.tree.leaves(changed["final_norm"])} == {tied}
+    assert not any(jax.tree.leaves(changed["segments"]))
 
 
 def test_layers_that_differ_are_refused_by_name(tmp_path):

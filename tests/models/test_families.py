@@ -317,20 +317,10 @@ def test_attention_that_llama_cannot_express_is_refused(change, named):
             check_exportable(config)
 
 
-@pytest.mark.parametrize(
-    "change", [{"soft_cap": 30.0}, {"embed_scale": 2.0}, {"norm": Norm(one_plus=True)}, {"norm": Norm(kind="layer")}]
-)
+@pytest.mark.parametrize("change", [{"soft_cap": 30.0}, {"norm": Norm(one_plus=True)}, {"norm": Norm(kind="layer")}])
 def test_what_llama_has_no_field_for_is_refused(change):
     with pytest.raises(ConfigError, match=f"{next(iter(change))} is .* and would be"):
         check_exportable(dataclasses.replace(SMOLLM2_CONFIG, **change))
-
-
-def test_a_narrower_gemma_is_refused():
-    """Its embeddings are scaled by the root of the width that it was trained with, and files have no field for that."""
-    fields, _ = PUBLISHED["gemma"]
-    config = FAMILIES["gemma"].from_hf(fields)
-    with pytest.raises(ConfigError, match=r"embed_scale is 45.2\d+ and would be 32.0"):
-        check_exportable(dataclasses.replace(config, embed=1024))
 
 
 def test_every_parameter_of_a_model_has_a_place_in_both_formats():

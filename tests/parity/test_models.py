@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from jaxdistill.assets import ASSETS, cache_directory
 from jaxdistill.generate import generate
 from jaxdistill.models.decoder import Rows, apply, scores
 from jaxdistill.models.export import write_hf
+from jaxdistill.models.families.family import ConfigError
 from jaxdistill.models.load import read_model
 from jaxdistill.models.schema import unstack
 from jaxdistill.prune.baselines import random_importance
@@ -122,14 +124,52 @@ def test_tiny_models_score_alike_also_after_being_written(name, tmp_path):
     np.testing.assert_array_equal(hf_scores(hf_model(tmp_path / "out"), tokens, mask), original)
 
 
+CUTS = {
+    "heads": Target(heads=2),
+    "key-value heads": Target(kv_heads=1),
+    "neurons": Target(mlp=12),
+    "channels": Target(embed=12),
+    "layers": Target(layers=1),
+    "all": Target(layers=2, mlp=12, heads=2),
+}
+REFUSED = {(name, cut) for name in ("phi3_long", "phi3_short") for cut in ("heads", "key-value heads", "channels")}
+"""What transformers would not load: LongRoPE's factors are counted by embed / heads."""
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_cut_of_a_family_loads_in_transformers(name, cut, tmp_path):
+    config, params = read_model(GOLDEN / "tiny_models" / name)
+    target = dataclasses.replace(CUTS[cut], embed=config.embed // 2) if cut == "all" else CUTS[cut]
+    config, params = prune_model(config, params, choose(config, random_importance(config, 0), target))
+    if (name, cut) in REFUSED:
+        with pytest.raises(ConfigError, match="when pruning"):
+            write_hf(tmp_path / "out", config, params, dtype="float32")
+        return
+    assert_scores_of_transformers(config, params, tmp_path / "out")
+
+
+def assert_scores_of_transformers(config, params, folder: Path) -> None:
+    write_hf(folder, config, params, dtype="float32")
+    tokens, mask = tiny_rows()
+    expected = hf_scores(hf_model(folder), tokens, mask)
+    np.testing.assert_allclose(our_scores(config, params, tokens, mask)[mask == 1], expected[mask == 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama3_rope", "qwen2_yarn", "qwen3", "olmo2"])
+def test_merged_heads_load_in_transformers(name, tmp_path):
+    config, params = read_model(GOLDEN / "tiny_models" / name)
+    kept = config.layers[0].mixer.kv_heads
+    plan = choose(config, random_importance(config, 0), Target(heads=kept), merge_heads=True)
+    assert plan.head_partners != plan.widths["heads"]
+    assert_scores_of_transformers(*prune_model(config, params, plan), tmp_path / "out")
+
+
 def test_a_mixture_cut_in_all_axes_loads_in_transformers(tmp_path):
     config, params = read_model(GOLDEN / "tiny_models" / "mixture")
     target = Target(layers=1, embed=12, mlp=12, experts=3)
     config, params = prune_model(config, params, choose(config, random_importance(config, 0), target))
-    write_hf(tmp_path / "out", config, params, dtype="float32")
-    tokens, mask = tiny_rows()
-    expected = hf_scores(hf_model(tmp_path / "out"), tokens, mask)
-    np.testing.assert_allclose(our_scores(config, params, tokens, mask)[mask == 1], expected[mask == 1], atol=1e-4)
+    assert_scores_of_transformers(config, params, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", MODELS)

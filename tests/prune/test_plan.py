@@ -7,12 +7,14 @@ import json
 
 import numpy as np
 import pytest
-from tiny import llama
+from tiny import lacking, llama
+from tiny import params as tiny_params
 
 from jaxdistill.prune.baselines import even_importance, random_importance, worst_first
 from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.importance import Importance
 from jaxdistill.prune.plan import PrunePlan, depth_plan, whole_plan
+from jaxdistill.prune.slice import prune_model
 
 CONFIG = llama(layers=3, embed=8, heads=4, kv_heads=2, mlp=6)
 
@@ -58,7 +60,10 @@ def test_sorted_plans_are_nested():
     assert whole.widths["mlp"][0] == (5, 0, 3, 4, 2, 1)
     assert whole.embed == tuple(range(7, -1, -1))
     assert whole.widths["heads"][0] == (2, 3, 1, 0)
+    assert whole.widths["kv_heads"][0] == (1, 0)
     assert whole.layers == (0, 1, 2)
+    for size in range(1, 9):
+        assert choose(CONFIG, scores(), Target(embed=size), sort=True).embed == whole.embed[:size]
     for size in range(1, 7):
         small = choose(CONFIG, scores(), Target(mlp=size), sort=True)
         assert small.widths["mlp"][0] == whole.widths["mlp"][0][:size]
@@ -68,6 +73,20 @@ def test_layers_may_have_widths_of_their_own():
     plan = choose(CONFIG, scores(), Target(layers=2, mlp=(1, 4)))
     assert plan.widths["mlp"] == ((5,), (0, 1, 2, 5))
     assert [layer.ffn.mlp for layer in plan.resize(CONFIG).layers] == [1, 4]
+
+
+def test_layers_without_attention_have_no_heads_to_merge():
+    config = lacking()
+    plan = choose(config, random_importance(config, 0), Target(layers=(0, 1, 3)), merge_heads=True)
+    assert plan.head_partners == ((), (0, 1, 2, 3), ())
+    two = tuple(dataclasses.replace(layer, ffn=None) if layer.mixer else layer for layer in config.layers[:2])
+    config = dataclasses.replace(config, layers=two)
+    plan = choose(config, random_importance(config, 0), Target(heads=2), merge_heads=True)
+    (kept, partners) = plan.widths["heads"][1], plan.head_partners[1]
+    assert [head // 2 for head in kept] == [head // 2 for head in partners] == [0, 1]
+    assert not {*kept} & {*partners}
+    smaller, cut = prune_model(config, tiny_params(config), plan)
+    assert smaller.layers[1].mixer.heads == cut["segments"]["1"]["mixer"]["query"]["kernel"].shape[2] == 2
 
 
 @pytest.mark.parametrize(
@@ -107,6 +126,9 @@ def test_a_plan_is_a_readable_file(tmp_path):
         ({"embed": 3}, "this is not a prune plan"),
         ({"widths": {"mlp": ["0"]}}, "mlp has 1 choices for 3 kept layers"),
         ({"widths": {"depth": ["0", "0", "0"]}}, "layer 0 has no axis 'depth'"),
+        ({"widths": {}, "head_partners": ["0-3"] * 3}, "head_partners and not which query heads .* kv_heads too, or"),
+        ({"head_partners": ["0-3"] * 2}, "one head for each kept query head"),
+        ({"source": {"embed": 8}}, "this is not a prune plan"),
     ],
 )
 def test_files_that_are_no_plans_are_refused(tmp_path, change, message):
@@ -124,8 +146,34 @@ def test_query_heads_of_another_group_are_refused():
 
 
 def test_a_plan_of_another_model_is_refused():
-    with pytest.raises(ValueError, match=r"made for a model of 3 layers, embed 8; .*mlp 6; this one has 2 layers"):
+    with pytest.raises(ValueError, match=r"made for a model of 3 layers, embed 8, .*mlp 6; this one has 2 layers"):
         whole_plan(CONFIG).resize(llama(layers=2, embed=8, mlp=6))
+
+
+WIDE_HEADS = tuple(
+    dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, head_dim=8)) for layer in CONFIG.layers
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "mistral"}, "family llama, vocab 64, .*; this one has .* family mistral, vocab 64"),
+        ({"vocab": 65}, "vocab 64, .*; this one has .* vocab 65"),
+        ({"layers": WIDE_HEADS}, "head_dim 4; .*; this one has .* head_dim 8"),
+    ],
+)
+def test_a_plan_of_another_model_of_the_same_widths_is_refused(change, message):
+    """Unless it was saved before plans said of which model they are."""
+    other, document = dataclasses.replace(CONFIG, **change), whole_plan(CONFIG).to_dict()
+    with pytest.raises(ValueError, match=message):
+        PrunePlan.from_dict(document).resize(other)
+    document["source"] = {name: document["source"][name] for name in ("embed", "layers")}
+    old = PrunePlan.from_dict(document)
+    assert old.to_dict() == document
+    assert old.resize(other) == other
+    with pytest.raises(ValueError, match=r"embed 8; .* this one has 3 layers, embed 16, family llama"):
+        old.check(llama(layers=3))
 
 
 def test_depth_plans_keep_layers_whole():

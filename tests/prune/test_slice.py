@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILY_CASES, LAYOUTS, family_models, lacking, llama, packed_batch
+from tiny import FAMILY_CASES, LAYOUTS, family_models, lacking, llama, mixture, packed_batch, slow
 from tiny import params as tiny_params
 
 from jaxdistill.models.decoder import apply, scores
-from jaxdistill.models.schema import param_shardings, stack, unstack
+from jaxdistill.models.export import write_hf
+from jaxdistill.models.load import read_model
+from jaxdistill.models.schema import param_shardings, schema, stack, unstack
 from jaxdistill.prune.baselines import random_importance
 from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.plan import depth_plan, whole_plan
 from jaxdistill.prune.slice import prune_model
 from jaxdistill.sharding import Layout
-from jaxdistill.specs import MixtureOfExperts, ModelConfig
+from jaxdistill.specs import ModelConfig
 
 UNTIED = llama(layers=3, tied=False)
 THIN = llama(layers=1, mlp=24).layers[0]
@@ -29,6 +31,7 @@ MODELS = {
     "lacking": lacking(),
     **family_models(),
 }
+PLACES = ["one device", "fsdp 4 x tensor 2", slow("fsdp 8")]
 CASES = ["tied", "untied", "two segments", "lacking", *FAMILY_CASES]
 
 
@@ -49,7 +52,7 @@ def test_keeping_everything_changes_no_bit(model, layout):
     np.testing.assert_array_equal(logits(config, kept), logits(config, params))
 
 
-@pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
+@pytest.mark.parametrize("layout", PLACES)
 @pytest.mark.parametrize("model", CASES)
 def test_an_order_changes_no_score(model, layout):
     """All axes permuted at once: channels, neurons, key-value heads and query heads within them."""
@@ -65,17 +68,33 @@ def test_an_order_changes_no_score(model, layout):
 
 
 def masked(config: ModelConfig, params, plan):
-    """The whole model with zeros where the plan keeps nothing (neurons and heads; not channels)."""
+    """The whole model with zeros where the plan keeps nothing (neurons and heads; not channels).
+
+    Where all heads have one norm together, its mean over the kept heads is that over all divided by their share.
+    """
     flat = unstack(config, params)
-    for layer in range(len(config.layers)):
-        for name, axis in (("ffn.down.kernel", "mlp"), ("mixer.output.kernel", "heads")):
-            dropped = sorted(set(range(config.layers[layer].widths[axis])) - set(plan.widths[axis][layer]))
-            key = f"layers.{layer}.{name}"
-            flat[key] = flat[key].at[np.asarray(dropped, int)].set(0.0)
+
+    def zero(name: str, kept: tuple[int, ...], parts: int) -> None:
+        """The parts are numbered along the first axes."""
+        mask = np.isin(np.arange(parts), kept).astype(np.float32)
+        shape = flat[name].shape
+        flat[name] = (flat[name].reshape(parts, -1) * mask[:, None]).reshape(shape)
+
+    for layer, spec in enumerate(config.layers):
+        parts = spec.parts
+        zero(f"layers.{layer}.ffn.down.kernel", plan.widths["mlp"][layer], parts["mlp"])
+        zero(f"layers.{layer}.mixer.output.kernel", plan.widths["heads"][layer], parts["heads"])
+        if spec.mixer.qk_norm != "all":
+            continue
+        for name, axis in (("query", "heads"), ("key", "kv_heads")):
+            kept, key = plan.widths[axis][layer], f"layers.{layer}.mixer.{name}"
+            mask = np.isin(np.arange(parts[axis]), kept).astype(np.float32)
+            flat[f"{key}.kernel"] = flat[f"{key}.kernel"] * mask[:, None]
+            flat[f"{key}_norm.scale"] = flat[f"{key}_norm.scale"] * np.sqrt(len(kept) / parts[axis])
     return flat
 
 
-@pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
+@pytest.mark.parametrize("layout", PLACES)
 @pytest.mark.parametrize("target", [Target(mlp=8), Target(heads=2), Target(kv_heads=1), Target(mlp=12, heads=2)])
 def test_what_is_cut_is_what_was_masked(target, layout):
     config, place = UNTIED, LAYOUTS[layout]()
@@ -92,18 +111,23 @@ def test_what_is_cut_is_what_was_masked(target, layout):
     )
 
 
+@pytest.mark.parametrize("layout", PLACES)
+@pytest.mark.parametrize("target", [Target(mlp=8, heads=2), Target(kv_heads=1)], ids=["mlp and heads", "kv_heads"])
 @pytest.mark.parametrize("model", FAMILY_CASES)
-def test_what_is_cut_of_a_family_is_what_was_masked(model):
-    """Where all heads have one norm together, fewer heads have another."""
-    config = MODELS[model]
-    if any(isinstance(spec.ffn, MixtureOfExperts) for spec in config.layers):
-        pytest.skip("tests/prune/test_mixture.py has mixtures")
-    together = any(spec.mixer.qk_norm == "all" for spec in config.layers)
-    params, target = tiny_params(config), Target(mlp=12) if together else Target(mlp=12, heads=2)
+def test_what_is_cut_of_a_family_is_what_was_masked(model, target, layout):
+    # Beside no epsilon a norm of fewer heads is one of all heads times a constant.
+    config, place = dataclasses.replace(MODELS[model], norm_epsilon=1e-12), LAYOUTS[layout]()
+    if all(spec.mixer.kv_heads == 1 for spec in config.layers) and target.kv_heads:
+        pytest.skip("one key-value head")
+    if layout == "fsdp 4 x tensor 2" and target.resize(config).layers[0].mixer.heads < 2:
+        pytest.skip("one head is not divided")
+    params = tiny_params(config)
     plan = choose(config, random_importance(config, 5), target)
-    smaller, cut = prune_model(config, params, plan)
+    placed = jax.device_put(params, param_shardings(config, place))
+    smaller, cut = prune_model(config, placed, plan, layout=place)
+    assert smaller != config
     expected = logits(config, stack(config, masked(config, params, plan)))
-    np.testing.assert_allclose(logits(smaller, cut), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits(smaller, jax.device_get(cut)), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["untied", *FAMILY_CASES])
@@ -129,6 +153,44 @@ def test_channels_that_are_zero_leave_without_a_trace_when_norms_are_repaired(mo
     assert smaller.norm_epsilon == pytest.approx(config.norm_epsilon * config.embed / (config.embed - 2))
     _, plain = prune_model(config, params, plan)
     assert np.abs(logits(plan.resize(config), plain) - logits(config, params)).max() > 1e-2
+
+
+@pytest.mark.parametrize("axis", ["mlp", "embed", "heads", "kv_heads", "experts"])
+@pytest.mark.parametrize("model", ["llama", slow("mixture")])
+def test_a_prefix_of_a_sorted_model_is_the_model_of_that_size(model, axis):
+    """Of channels, key-value heads and experts the first ones; of heads and of a mixture's neurons, the first ones of
+    each key-value head and expert."""
+    config = of_six_heads(llama(layers=2)) if model == "llama" else mixture(experts=4)
+    if axis not in ("embed", *config.width_axes):
+        pytest.skip("no such axis")
+    params, scores_ = tiny_params(config), random_importance(config, 4)
+    whole, in_order = prune_model(config, params, choose(config, scores_, Target(), sort=True))
+    sizes = {"embed": config.embed, **config.layers[0].widths}
+    groups = sizes["kv_heads"] if axis == "heads" else 1
+    for size in (2, sizes[axis] - groups) if axis != "kv_heads" else (1,):
+        smaller, cut = prune_model(config, params, choose(config, scores_, Target(**{axis: size}), sort=True))
+        prefix = first_parts(whole, in_order, axis, size)
+        assert smaller.layers[0].widths.get(axis, smaller.embed) == size
+        jax.tree.map(np.testing.assert_array_equal, cut, stack(smaller, prefix))
+
+
+def first_parts(config: ModelConfig, params, axis: str, size: int):
+    """Of every parameter with the axis its first parts; heads go with their key-value heads, and by themselves evenly
+    from each."""
+    kv_heads, heads = (config.layers[0].widths[name] for name in ("kv_heads", "heads"))
+    sizes = {axis: size} | ({"heads": size * heads // kv_heads} if axis == "kv_heads" else {})
+    found = {}
+    for name, spec in schema(config).items():
+        value = np.asarray(unstack(config, params)[name])
+        for position, own in enumerate(spec.axes):
+            if own == axis == "heads":
+                apart = value.reshape(*value.shape[:position], kv_heads, -1, *value.shape[position + 1 :])
+                apart = apart.take(range(size // kv_heads), position + 1)
+                value = apart.reshape(*value.shape[:position], size, *value.shape[position + 1 :])
+            elif own in sizes:
+                value = value.take(range(sizes[own]), position)
+        found[name] = value
+    return found
 
 
 @pytest.mark.parametrize("model", ["tied", "untied", "two segments"])
@@ -159,23 +221,44 @@ def test_the_original_stays_usable_and_the_dtype_stays():
     )
 
 
-def test_dropped_query_heads_leave_a_residual_in_kept_ones():
-    """Of three heads a group keeps two: the worse one becomes W + (W - W of the dropped one), the better one stays."""
-    config = dataclasses.replace(UNTIED, layers=llama(layers=2, heads=6, kv_heads=2).layers)
+def of_six_heads(config: ModelConfig) -> ModelConfig:
+    """With three query heads for each of two key-value heads."""
+    layers = tuple(layer.with_widths({"heads": 6, "kv_heads": 2}) for layer in config.layers)
+    return dataclasses.replace(config, layers=layers)
+
+
+@pytest.mark.parametrize("layout", PLACES)
+@pytest.mark.parametrize("model", ["untied", "qwen2_yarn", slow("qwen3"), slow("olmo2"), slow("gemma3")])
+def test_dropped_query_heads_leave_a_residual_in_kept_ones(model, layout, tmp_path):
+    """Of three heads a group keeps two: the worse one becomes W + (W - W of the dropped one), the better one stays.
+    Biases are of the weights (qwen2); norms of heads (qwen3, olmo2) are not. What is written says the same."""
+    config, place = of_six_heads(MODELS[model]), LAYOUTS[layout]()
     params, scores_ = tiny_params(config), random_importance(config, 2)
     plan = choose(config, scores_, Target(heads=4), merge_heads=True)
-    _, cut = prune_model(config, params, plan)
-    new = cut["segments"]["0"]["mixer"]
-    plain = prune_model(config, params, dataclasses.replace(plan, head_partners=()))[1]["segments"]["0"]["mixer"]
-    for layer in range(2):
-        old = np.asarray(params["segments"]["0"]["mixer"]["query"]["kernel"][layer])
-        for at, head in enumerate(plan.widths["heads"][layer]):
-            group = range(head // 3 * 3, head // 3 * 3 + 3)
-            best, worse, dropped = sorted(group, key=lambda i, s=scores_.widths["heads"][layer]: -s[i])
-            expected = old[:, head] if head == best else 2 * old[:, worse] - old[:, dropped]
-            np.testing.assert_allclose(new["query"]["kernel"][layer][:, at], expected, rtol=1e-5, atol=1e-6)
-    for name in ("key", "value", "output"):
-        np.testing.assert_array_equal(new[name]["kernel"], plain[name]["kernel"])
+    placed = jax.device_put(params, param_shardings(config, place))
+    smaller, cut = prune_model(config, placed, plan, layout=place)
+    old, new = unstack(config, params), unstack(smaller, cut)
+    plain = unstack(smaller, prune_model(config, params, dataclasses.replace(plan, head_partners=()))[1])
+    for layer, spec in enumerate(config.layers):
+        axes = {"kernel": 1, "bias": 0} if spec.mixer.bias else {"kernel": 1}
+        for part, axis in axes.items():
+            name = f"layers.{layer}.mixer.query.{part}"
+            heads = np.moveaxis(np.asarray(old.pop(name)), axis, 0)
+            found, _ = np.moveaxis(np.asarray(new.pop(name)), axis, 0), plain.pop(name)
+            for at, head in enumerate(plan.widths["heads"][layer]):
+                group = range(head // 3 * 3, head // 3 * 3 + 3)
+                best, worse, dropped = sorted(group, key=lambda i, s=scores_.widths["heads"][layer]: -s[i])
+                expected = heads[head] if head == best else 2 * heads[worse] - heads[dropped]
+                np.testing.assert_allclose(found[at], expected, rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, new, plain)
+    read, again = read_model(write_hf(tmp_path / "out", smaller, cut, dtype="float32"))
+    jax.tree.map(np.testing.assert_array_equal, again, cut)
+    assert read == smaller
+
+
+def test_partners_of_another_key_value_head_are_refused():
+    config = of_six_heads(UNTIED)
+    plan = choose(config, random_importance(config, 2), Target(heads=4), merge_heads=True)
     with pytest.raises(ValueError, match="a head's partner is of its own key-value head"):
         dataclasses.replace(plan, head_partners=tuple(each[::-1] for each in plan.head_partners))
 
