@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
+import pytest
 
 
 def flags_for_one_device() -> str:
     """XLA_FLAGS for a process of a test that shall have one device."""
     return re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+
+
+@contextlib.contextmanager
+def compiled_times(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], int]]:
+    """Inside, how often a function of some name has been compiled so far."""
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        yield lambda name: sum(record.getMessage().startswith(f"Compiling jit({name})") for record in caplog.records)
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")

@@ -4,8 +4,9 @@
 
 Both sides of a ratio alternate in one process, so that a machine that changes its speed changes both. Importance: the
 whole accumulation (all axes, Block Influence) ÷ a forward pass to the last hidden states. Plan: cutting depth and all
-widths at once, compiling included, ÷ twice opening the model's checkpoint, which is in the page cache. How far the cut
-alone is from the memory's speed is told by the time to sum all parameters.
+widths at once, compiling included (nothing compiled is kept from one to the next), ÷ twice opening the model's
+checkpoint, which is in the page cache. How far the cut alone is from the memory's speed is told by the time to sum all
+parameters.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jaxdistill.checkpoint.open import Model, open_model
 from jaxdistill.data import DataConfig
 from jaxdistill.models.decoder import apply
 from jaxdistill.prune.choose import Target, choose
-from jaxdistill.prune.importance import Importance, importance, importance_taps
+from jaxdistill.prune.importance import Importance, add, importance, importance_taps
 from jaxdistill.prune.measure import Calibration, calibrate
 from jaxdistill.prune.slice import plan_cut, prune_model
 
@@ -69,7 +70,7 @@ def measure_importance(calibration: Calibration) -> Importance:
         times["forward"].append(seconds(lambda b=batch: plain(calibration.params, b)))
         began = time.perf_counter()
         found = jax.tree.map(lambda x: np.asarray(x, np.float64), tapped(calibration.params, batch))
-        sums = found if sums is None else jax.tree.map(np.add, sums, found)
+        sums = found if sums is None else add(sums, found)
         times["importance"].append(time.perf_counter() - began)
     forward, measured = sum(times["forward"]), sum(times["importance"])
     tokens = sum(batch.tokens.size for batch in calibration.batches)
@@ -88,12 +89,18 @@ def measure_plan(model: Model, scores: Importance, repeats: int) -> None:
     plan = choose(model.config, scores, target)
     _, cut = plan_cut(model.config, plan)
     add = jax.jit(lambda params: sum(leaf.sum() for leaf in jax.tree.leaves(params)))
-    jax.block_until_ready((cut(model.params), add(model.params)))
+
+    def compiled_again(run: Callable[[], Any]) -> float:
+        jax.clear_caches()
+        taken = seconds(run)
+        jax.block_until_ready((cut(model.params), add(model.params)))
+        return taken
+
     with tempfile.TemporaryDirectory() as directory:
         save_model(Path(directory) / "model", model.config, model.params, write_tokenizer=model.tokenizer.save)
         rounds = [
             (
-                seconds(lambda: prune_model(model.config, model.params, plan)[1]),
+                compiled_again(lambda: prune_model(model.config, model.params, plan)[1]),
                 seconds(lambda: open_model(Path(directory) / "model").params),
                 seconds(lambda: cut(model.params)),
                 seconds(lambda: add(model.params)),

@@ -108,7 +108,7 @@ class HiddenMatch:
                 for states in (student[student_order.index(s)], teacher[teacher_order.index(t)])
             )
             if "projection" in parameters:
-                own = own @ parameters["projection"]
+                own = jnp.matmul(own, parameters["projection"], precision="highest")
             if self.distance == "channelwise":
                 squares = (x**2 * mask[..., None] for x in (own - theirs, theirs))
                 total, scale = (each.sum((0, 1)) for each in squares)

@@ -66,10 +66,21 @@ class Context:
 
     def gated(self, point: str, value: Float[Array, "batch length parts ..."]) -> Array:
         """The value, each part times its factor where there is one."""
+        return value * self._factor(point, value) if point in self.gates else value
+
+    def between(self, point: str, without: Float[Array, "batch length ..."], value: Array) -> Array:
+        """The value, or what stands there without it: at a factor of 1 exactly one, at 0 exactly the other."""
         if point not in self.gates:
             return value
+        # From the nearer end: in bfloat16 without + (value - without) is not value.
+        factor = self._factor(point, value)
+        near = factor > 0.5
+        return jnp.where(near, value, without) + (factor - near) * (value - without)
+
+    def _factor(self, point: str, value: Float[Array, "batch length parts ..."]) -> Array:
+        """A point's factors in the value's dtype, as they multiply it."""
         factor = self.gates[point].astype(value.dtype)
-        return value * factor.reshape(factor.shape[0], 1, factor.shape[1], *(1,) * (value.ndim - 3))
+        return factor.reshape(factor.shape[0], 1, factor.shape[1], *(1,) * (value.ndim - 3))
 
     def gated_choices(
         self, point: str, value: Float[Array, "batch length choices"], chosen: Int[Array, "batch length choices"]
@@ -297,8 +308,7 @@ class Block(nnx.Module):
             transformed, found = self.ffn(output, context)
             output, points = output + transformed, points | found
         output = context.layout.constrain(output, ("batch", "length", None))
-        if "layer" in context.gates:
-            output = x + context.gated("layer", output - x)
+        output = context.between("layer", x, output)
         return output, {**points, "output": output}
 
 

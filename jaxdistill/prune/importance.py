@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import zipfile
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -34,12 +35,31 @@ Sums = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Sums over rows of a number per part and of its square, float32 [...]; rows: how many were not all padding, for
-    each of the leading axes that it has."""
+    """Over rows of a number per part: its mean, and the sum of squares of what it differs from that, float32 [...].
+    rows: how many were not all padding, for each of the leading axes that it has.
 
-    first: Any
-    second: Any
+    Not sums of the numbers and of their squares: the difference of two large ones would be what is left of a variance.
+    """
+
+    mean: Any
+    squares: Any
     rows: Any
+
+    @classmethod
+    def of(cls, row: Float[Array, "batch ..."], seen: Array) -> Moments:
+        """Of numbers for each row, where the row is seen; seen has the leading axes of what is counted apart."""
+        rows = seen.sum(0).astype(jnp.float32)
+        seen = _spread(seen, row)
+        mean = jnp.where(seen, row, 0.0).sum(0) / jnp.maximum(_spread(rows, row[0]), 1.0)
+        return cls(mean, jnp.square(jnp.where(seen, row - mean, 0.0)).sum(0), rows)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of the rows of both (Chan, Golub and LeVeque 1979, Updating Formulae and a Pairwise Algorithm)."""
+        rows = self.rows + other.rows
+        share = _spread(other.rows / jnp.maximum(rows, 1.0), self.mean)
+        between = other.mean - self.mean
+        squares = self.squares + other.squares + jnp.square(between) * _spread(self.rows, self.mean) * share
+        return Moments(self.mean + between * share, squares, rows)
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +135,7 @@ def importance_taps(config: ModelConfig, *, sequence: Aggregation = "mean") -> d
 
 def add(one: Sums, other: Sums) -> Sums:
     """Both calibration results as one; the same as that of all their rows in one batch."""
-    return jax.tree.map(jnp.add, one, other)
+    return jax.tree.map(operator.add, one, other, is_leaf=lambda found: isinstance(found, Moments))
 
 
 def importance(config: ModelConfig, sums: Sums, *, batch: Aggregation = "l2") -> Importance:
@@ -151,7 +171,7 @@ def importance(config: ModelConfig, sums: Sums, *, batch: Aggregation = "l2") ->
 def _moments(
     values: Float[Array, "batch length ..."], mask: Float[Array, "batch length"], kind: Aggregation
 ) -> Moments:
-    """One number per row and part, then sums over rows."""
+    """One number per row and part, then their moments over rows."""
     seen = (mask > 0).reshape(*mask.shape, *(1,) * (values.ndim - 2))
     values = jnp.where(seen, values.astype(jnp.float32), 0.0)
     tokens = (mask > 0).sum(1).astype(jnp.float32).reshape(-1, *(1,) * (values.ndim - 2))
@@ -163,7 +183,7 @@ def _moments(
             row = jnp.sqrt(jnp.square(values).sum(1))
         case "variance":
             row = jnp.square(jnp.where(seen, values - (values.sum(1) / count)[:, None], 0.0)).sum(1) / count
-    return Moments(row.sum(0), jnp.square(row).sum(0), (tokens > 0).sum().astype(jnp.float32))
+    return Moments.of(row, (mask > 0).any(1))
 
 
 def _expert_moments(
@@ -187,17 +207,21 @@ def _expert_moments(
         case "variance":
             means = jnp.einsum("bem,blce->blcm", totals(values) / count, chosen, precision="highest")
             row = totals(jnp.square(values - means)) / count
-    return Moments(row.sum(0), jnp.square(row).sum(0), (tokens[..., 0] > 0).sum(0).astype(jnp.float32))
+    return Moments.of(row, tokens[..., 0] > 0)
 
 
 def _over_rows(moments: Moments, kind: Aggregation) -> np.ndarray:
     """[layers, ...] of one number per part."""
-    rows = np.maximum(moments.rows, 1.0)
-    rows = rows.reshape(*rows.shape, *(1,) * (moments.first.ndim - rows.ndim))
+    rows = _spread(moments.rows, moments.mean)
     match kind:
         case "mean":
-            return moments.first / rows
+            return moments.mean
         case "l2":
-            return np.sqrt(moments.second)
+            return np.sqrt(moments.squares + rows * np.square(moments.mean))
         case "variance":
-            return np.maximum(moments.second / rows - np.square(moments.first / rows), 0.0)
+            return moments.squares / np.maximum(rows, 1.0)
+
+
+def _spread(counts: Any, like: Any) -> Any:
+    """Numbers for the leading axes of an array, with as many axes as it has."""
+    return counts.reshape(*counts.shape, *(1,) * (like.ndim - counts.ndim))

@@ -51,12 +51,14 @@ class Calibration:
         A pure accumulation: one compiled program takes the sums so far and returns them with a batch added.
         """
 
-        @functools.partial(jax.jit, donate_argnums=0)
+        place = self.layout.replicated()
+
+        # On every device whole: each process reads them, and what goes in next is placed as what went in first.
+        @functools.partial(jax.jit, donate_argnums=0, out_shardings=place)
         def accumulate(sums: Any, params: Params, batch: Batch) -> Any:
             return add(sums, measure(params, batch))
 
         shapes = jax.eval_shape(measure, self.params, self.batches[0])
-        place = self.layout.replicated()
         sums = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), place), shapes)
         for done, batch in enumerate(self.batches):
             sums = jax.block_until_ready(accumulate(sums, self.params, batch))
@@ -123,6 +125,8 @@ class MaskGradients:
     """How much a row's loss changes when a part is switched off, to first order: mean over rows of |∂ loss / ∂ factor|
     where each part is multiplied by a factor of 1 (Michel et al. 2019, 1905.10650, equation 2).
 
+    Layers run a second time in the backward pass, whatever `Execution.remat` says: of each only its input is kept.
+
     MiniMA prunes by it (Towards the Law of Capacity Gap in Distilling Language Models, 2311.07052). Where the factor of
     a channel stands is our reading: at the outputs of both norms of all layers. MiniMA's code divides the scores of a
     layer by their norm, which changes no order within it.
@@ -163,7 +167,9 @@ class RandomScores:
 def row_losses(calibration: Calibration, params: Params, batch: Batch, gates: Gates) -> Float[Array, ""]:
     """Each row's mean cross-entropy in nats, summed over rows; rows without targets count 0."""
     config, layout = calibration.config, calibration.layout
-    outputs = apply(config, params, batch, layout=layout, execution=calibration.execution, gates=gates)
+    # Any other choice keeps activations of all layers for the backward pass, [layers, batch, length, mlp].
+    execution = dataclasses.replace(calibration.execution, remat="block")
+    outputs = apply(config, params, batch, layout=layout, execution=execution, gates=gates)
     weights = batch.loss_mask / jnp.maximum(batch.loss_mask.sum(1, keepdims=True), 1.0)
     total, _ = evaluate_terms(
         {"loss": CrossEntropy()},

@@ -61,6 +61,19 @@ def test_what_stands_at_padding_reaches_no_gradient(distance, poison):
     np.testing.assert_allclose(slopes[0], np.where(MASK[..., None] == 0, 0, clean[0]), rtol=1e-5)
 
 
+def test_the_map_between_widths_is_not_rounded_on_the_way():
+    """Accelerators multiply float32 in fewer bits unless they are told otherwise, forward and backward."""
+    term = HiddenMatch(layers=((0, 0), (1, 1)))
+    states, projection = (jnp.asarray(x, jnp.float32) for x in (STUDENT, PROJECTION))
+
+    def value(states, projection):
+        return term(states, jnp.asarray(TEACHER), jnp.asarray(MASK), {"projection": projection}).value
+
+    program = str(jax.make_jaxpr(jax.grad(value, argnums=(0, 1)))(states, projection))
+    assert program.count("dot_general") > 2
+    assert program.count("dot_general") == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+
+
 def test_equal_states_have_distance_zero_and_no_slope():
     states = jnp.asarray(TEACHER, jnp.float32)
     for distance in DISTANCES:

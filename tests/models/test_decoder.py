@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import reference
 from tiny import assert_gradients_close, llama, packed_batch
+from tiny import params as tiny_params
 
 from jaxdistill.models.attention import Scoring, causal_attention, query_block
 from jaxdistill.models.decoder import Execution, Rows, apply, scores
-from jaxdistill.models.schema import abstract_params, init_params, stack
+from jaxdistill.models.modules import Context
+from jaxdistill.models.schema import abstract_params, init_params, stack, unstack
+from jaxdistill.sharding import Layout
 from jaxdistill.specs import (
     Attention,
     GatedMLP,
@@ -251,6 +254,39 @@ def test_bfloat16_is_close_and_keeps_norms_in_float32():
     assert half.head.kernel.dtype == jnp.float32
     error = jnp.abs(half.hidden.astype(jnp.float32) - full.hidden)
     assert float(jnp.sqrt(jnp.mean(error**2))) < 0.02  # bfloat16 has 8 bits; hidden states have root mean square 1
+
+
+def test_open_gates_of_layers_change_no_bit_of_bfloat16():
+    config, batch, execution = llama(layers=3), packed_batch(0), Execution(activation_dtype="bfloat16")
+    run = jax.jit(lambda gates: apply(config, tiny_params(config), batch, execution=execution, gates=gates).hidden)
+    gates = [{"0": {"layer": jnp.asarray(x, jnp.float32).reshape(3, 1, 1)}} for x in ([1, 1, 1], [1, 0, 1])]
+    np.testing.assert_array_equal(*(np.asarray(run(each), np.float32) for each in (gates[0], {})))
+    cut = dataclasses.replace(config, layers=config.layers[:2])
+    rest = unstack(config, tiny_params(config))
+    rest = {name.replace("layers.2", "layers.1"): x for name, x in rest.items() if not name.startswith("layers.1.")}
+    left = jax.jit(lambda p: apply(cut, p, batch, execution=execution).hidden)(stack(cut, rest))
+    np.testing.assert_array_equal(np.asarray(run(gates[1]), np.float32), np.asarray(left, np.float32))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
+def test_a_factor_between_two_values_is_exact_at_its_ends_and_has_the_slope_of_a_product(factor):
+    rng = np.random.default_rng(0)
+    without, value, weights = (jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.bfloat16) for _ in range(3))
+    context = Context({}, lambda scoring: None, Layout(), jnp.dtype(jnp.bfloat16))
+
+    def mixed(factor, without, value):
+        gates = {"layer": jnp.full((1, 1), factor)}
+        return dataclasses.replace(context, gates=gates).between("layer", without, value)
+
+    found, pull = jax.vjp(mixed, jnp.float32(factor), without, value)
+    slope, *slopes = pull(weights)
+    if factor in (0, 1):
+        np.testing.assert_array_equal(found, value if factor else without)
+    exact = [np.asarray(x, np.float64) for x in (without, value, weights)]
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact[0] + factor * (exact[1] - exact[0]), atol=0.03)
+    np.testing.assert_allclose(slope, (exact[2] * (exact[1] - exact[0])).sum(), rtol=0.03)
+    for found_slope, share in zip(slopes, (1 - factor, factor), strict=True):
+        np.testing.assert_allclose(np.asarray(found_slope, np.float64), share * exact[2], atol=0.02)
 
 
 def test_gradients_reach_parameters_in_float32_from_bfloat16_activations():

@@ -13,7 +13,7 @@ from tiny import params as tiny_params
 
 from jaxdistill.models.decoder import apply
 from jaxdistill.models.schema import param_shardings
-from jaxdistill.prune.importance import add, importance, importance_taps
+from jaxdistill.prune.importance import Moments, add, importance, importance_taps
 from jaxdistill.sharding import Layout, put_batch
 from jaxdistill.types import Tap
 
@@ -83,10 +83,11 @@ def assert_equal(left, right):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_many_batches_are_one_large_batch():
+@pytest.mark.parametrize("batch", ["l2", "variance"])
+def test_many_batches_are_one_large_batch(batch):
     rows = packed_batch(1)
     parts = [jax.tree.map(lambda x, at=at: x[at : at + 2], rows) for at in range(0, 8, 2)]
-    assert_equal(measured(parts), measured([rows]))
+    assert_equal(measured(parts, batch=batch), measured([rows], batch=batch))
 
 
 @pytest.mark.parametrize("layout", ["fsdp 8", "fsdp 4 x tensor 2", "sequence 2 x fsdp 4"])
@@ -99,8 +100,40 @@ def test_padding_and_empty_rows_do_not_count():
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 5)]), rows)
     empty = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), padded)
     other_tokens = dataclasses.replace(empty, tokens=jnp.where(empty.segment_ids == 0, 7, empty.tokens))
-    for batch in ("l2", "mean"):
+    for batch in ("l2", "mean", "variance"):
         assert_equal(measured([other_tokens], batch=batch), measured([rows], batch=batch))
+
+
+def moments_of(rows, layout=None):
+    """Of numbers for each row, on one device or split over a mesh."""
+    rows = jnp.asarray(rows, jnp.float32)
+    if layout is not None:
+        rows = jax.device_put(rows, layout.sharding(("batch", None), rows.shape))
+    return jax.jit(Moments.of)(rows, jnp.ones(len(rows), bool))
+
+
+@pytest.mark.parametrize("layout", [None, "fsdp 8", "fsdp 4 x tensor 2"])
+def test_a_small_variance_of_large_numbers_is_not_lost(layout):
+    """Its share of a mean square is less than float32 resolves."""
+    rng = np.random.default_rng(0)
+    rows = np.asarray(rng.normal(300, 0.013, (64, 5)), np.float32)
+    place = LAYOUTS[layout]() if layout else None
+    adding, total = jax.jit(add), Moments(jnp.zeros(5), jnp.zeros(5), jnp.zeros(()))
+    for part in np.split(rows, 8):
+        total = adding(total, moments_of(part, place))
+    at_once = moments_of(rows, place)
+    for found in (total, at_once):
+        np.testing.assert_allclose(found.squares / found.rows, rows.var(0, dtype=np.float64), rtol=1e-3)
+        np.testing.assert_allclose(found.mean, rows.mean(0, dtype=np.float64), rtol=1e-6)
+
+
+def test_a_small_variance_over_the_tokens_of_a_row_is_not_lost():
+    rng = np.random.default_rng(0)
+    heads = np.asarray(rng.normal(300, 0.013, (3, 16, 4, 4)), np.float32)
+    tap = importance_taps(CONFIG, sequence="variance")["0"]
+    values = {point: jnp.asarray(heads[..., 0]) for point in tap.points} | {"heads": jnp.asarray(heads)}
+    found = tap.reduce(values, jnp.ones((3, 16)))["heads"]
+    np.testing.assert_allclose(found.mean, heads.var(1, dtype=np.float64).mean(0), rtol=1e-3)
 
 
 def test_no_activation_of_all_layers_exists():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled_times
 from tiny import LAYOUTS, family_models, lacking, llama, packed_batch, slow
 from tiny import params as tiny_params
 
@@ -187,6 +189,56 @@ def test_scores_of_layers_and_the_best_block():
     assert best_window(given, 2, by="kl") == tuple(i for i in range(4) if i not in (first, first + 1))
     with pytest.raises(ValueError, match="cannot keep 4 layers of 4 by dropping a block; choose from 1 to 3"):
         best_window(given, 4)
+
+
+@pytest.mark.parametrize("scorer", [Activations(), slow(MaskGradients())])
+def test_sums_lie_whole_on_every_device_and_one_program_adds_all_batches(scorer, monkeypatch, caplog):
+    """Processes read them; placed otherwise than the zeros at the start they would need a program of their own."""
+    whole: list[bool] = []
+    wait = jax.block_until_ready
+
+    def look(sums):
+        whole.extend(leaf.is_fully_replicated for leaf in jax.tree.leaves(sums))
+        return wait(sums)
+
+    given = calibration("fsdp 4 x tensor 2")
+    monkeypatch.setattr(jax, "block_until_ready", look)
+    with compiled_times(caplog) as count:
+        scorer(given)
+    assert whole
+    assert all(whole)
+    assert count("accumulate") == 1
+
+
+LONG = llama(layers=5, mlp=37)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        Activations(),
+        Activations(sequence="variance", batch="variance"),
+        MaskGradients(),
+        layers_when_dropped,
+        functools.partial(layers_when_dropped, by="kl"),
+        functools.partial(best_window, keep=3),
+    ],
+)
+def test_no_activation_of_all_layers_is_kept(measure, monkeypatch):
+    """Nothing that is as large as the neurons of all layers, forward or backward."""
+    sizes: list[int] = []
+
+    def traced(self, measure):
+        program = str(jax.make_jaxpr(measure)(self.params, self.batches[0]))
+        sizes.extend(
+            int(np.prod([int(n) for n in shape.split(",") if n])) for shape in re.findall(r"\w\d+\[([\d,]*)\]", program)
+        )
+        shapes = jax.eval_shape(measure, self.params, self.batches[0])
+        return jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+
+    monkeypatch.setattr(Calibration, "total", traced)
+    measure(calibration(config=LONG))
+    assert max(sizes) < len(LONG.layers) * BATCHES[0].tokens.size * 37
 
 
 def test_nothing_to_measure_on_is_refused():

@@ -8,19 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled_times
 from tiny import FAMILY_CASES, LAYOUTS, family_models, lacking, llama, mixture, packed_batch, slow
 from tiny import params as tiny_params
 
 from jaxdistill.models.decoder import apply, scores
 from jaxdistill.models.export import write_hf
 from jaxdistill.models.load import read_model
-from jaxdistill.models.schema import param_shardings, schema, stack, unstack
+from jaxdistill.models.schema import abstract_params, leaf_at, param_shardings, schema, stack, unstack
 from jaxdistill.prune.baselines import random_importance
 from jaxdistill.prune.choose import Target, choose
 from jaxdistill.prune.plan import depth_plan, whole_plan
-from jaxdistill.prune.slice import prune_model
+from jaxdistill.prune.slice import plan_cut, prune_model
 from jaxdistill.sharding import Layout
-from jaxdistill.specs import ModelConfig
+from jaxdistill.specs import ModelConfig, Norm
 
 UNTIED = llama(layers=3, tied=False)
 THIN = llama(layers=1, mlp=24).layers[0]
@@ -29,6 +30,7 @@ MODELS = {
     "untied": UNTIED,
     "two segments": dataclasses.replace(UNTIED, layers=(*UNTIED.layers, THIN)),
     "lacking": lacking(),
+    "one plus": dataclasses.replace(llama(layers=2), norm=Norm(one_plus=True)),
     **family_models(),
 }
 PLACES = ["one device", "fsdp 4 x tensor 2", slow("fsdp 8")]
@@ -130,28 +132,41 @@ def test_what_is_cut_of_a_family_is_what_was_masked(model, target, layout):
     np.testing.assert_allclose(logits(smaller, jax.device_get(cut)), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["untied", *FAMILY_CASES])
-def test_channels_that_are_zero_leave_without_a_trace_when_norms_are_repaired(model):
-    """Two channels of the residual stream never hold anything: nothing writes to them. Norms that have no exact repair
-    are refused."""
-    config = MODELS[model]
+DEAD = np.array([0, 3, 5, 6, 9, 12, 13, 14])
+"""Channels that nothing writes to; those that are left divide over 8 devices."""
+
+
+def with_dead_channels(config: ModelConfig):
     flat = unstack(config, tiny_params(config))
-    dead = np.array([3, 9])
     for name in flat:
         if name == "embedding.kernel" or name.endswith((".mixer.output.kernel", ".ffn.down.kernel")):
-            flat[name] = flat[name].at[..., dead].set(0.0)
+            flat[name] = flat[name].at[..., DEAD].set(0.0)
         if name.endswith((".mixer.output.bias", ".ffn.down.bias")):
-            flat[name] = flat[name].at[dead].set(0.0)
-    params = stack(config, flat)
-    plan = dataclasses.replace(whole_plan(config), embed=tuple(i for i in range(config.embed) if i not in dead))
-    if config.norm.kind == "layer" or any(spec.mixer.qk_norm for spec in config.layers):
-        with pytest.raises(ValueError, match=r"norm_repair is 'exact'; a .* has none"):
-            prune_model(config, params, plan, norm_repair="exact")
-        return
-    smaller, cut = prune_model(config, params, plan, norm_repair="exact")
+            flat[name] = flat[name].at[DEAD].set(0.0)
+    left = tuple(i for i in range(config.embed) if i not in DEAD)
+    return stack(config, flat), dataclasses.replace(whole_plan(config), embed=left)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("untied", "one device"),
+        ("one plus", "one device"),
+        ("untied", "fsdp 4 x tensor 2"),
+        slow("untied", "fsdp 8"),
+        *(slow(name, "one device") for name in family_models() if name not in ("gemma3", "olmo2")),
+    ],
+)
+def test_channels_that_are_zero_leave_without_a_trace_when_norms_are_repaired(model, layout):
+    config, place = MODELS[model], LAYOUTS[layout]()
+    params, plan = with_dead_channels(config)
+    if unrepairable(config):
+        pytest.skip("has no exact repair")
+    placed = jax.device_put(params, param_shardings(config, place))
+    smaller, cut = prune_model(config, placed, plan, layout=place, norm_repair="exact")
     np.testing.assert_allclose(logits(smaller, cut), logits(config, params), atol=1e-5)
-    assert smaller.norm_epsilon == pytest.approx(config.norm_epsilon * config.embed / (config.embed - 2))
-    _, plain = prune_model(config, params, plan)
+    assert smaller.norm_epsilon == pytest.approx(config.norm_epsilon * config.embed / (config.embed - len(DEAD)))
+    _, plain = prune_model(config, placed, plan, layout=place)
     assert np.abs(logits(plan.resize(config), plain) - logits(config, params)).max() > 1e-2
 
 
@@ -191,6 +206,78 @@ def first_parts(config: ModelConfig, params, axis: str, size: int):
                 value = value.take(range(sizes[own]), position)
         found[name] = value
     return found
+
+
+def unrepairable(config: ModelConfig) -> bool:
+    own = any(spec.mixer.qk_norm or spec.norms != "pre" for spec in config.layers)
+    return config.norm.kind == "layer" or own
+
+
+@pytest.mark.parametrize("model", FAMILY_CASES)
+def test_norms_that_have_no_exact_repair_are_refused(model):
+    """Those of heads, LayerNorm, and norms of what is added to the stream, which do not read the stream."""
+    config = MODELS[model]
+    if not unrepairable(config):
+        pytest.skip("has an exact repair")
+    params, plan = with_dead_channels(config)
+    with pytest.raises(ValueError, match=r"norm_repair is 'exact'; a .* has none"):
+        prune_model(config, params, plan, norm_repair="exact")
+
+
+@pytest.mark.parametrize("norms", ["post", "both"])
+def test_norms_of_what_is_added_have_no_exact_repair(norms):
+    layers = tuple(dataclasses.replace(spec, norms=norms) for spec in UNTIED.layers)
+    config = dataclasses.replace(UNTIED, layers=layers)
+    params, plan = with_dead_channels(config)
+    with pytest.raises(ValueError, match=rf"a llama with norms \['{norms}'\] has none: a norm of what is added"):
+        prune_model(config, params, plan, norm_repair="exact")
+
+
+def test_a_repaired_scale_is_rounded_once():
+    """In a model whose norms add 1 to it, a small scale of bfloat16."""
+    config = MODELS["one plus"]
+    params, plan = with_dead_channels(config)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    params["final_norm"]["scale"] = jnp.linspace(-0.02, 0.02, config.embed, dtype=jnp.bfloat16)
+    _, cut = prune_model(config, params, plan, norm_repair="exact")
+    scale = np.asarray(params["final_norm"]["scale"], np.float64)[list(plan.embed)]
+    expected = jnp.asarray((1 + scale) * np.sqrt(2) - 1, jnp.bfloat16)
+    assert cut["final_norm"]["scale"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(cut["final_norm"]["scale"], np.float32), np.asarray(expected, np.float32))
+
+
+WIDE = {
+    "dense": (llama(layers=4, embed=256, mlp=512, heads=8, kv_heads=8, vocab=512), Target(embed=192, mlp=384)),
+    "mixture": (mixture(layers=2, embed=256, mlp=64, vocab=512), Target(layers=1, embed=192, mlp=48, experts=6)),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("dense", "fsdp 8"), ("dense", "fsdp 4 x tensor 2"), slow("mixture", "fsdp 4 x tensor 2")],
+)
+def test_no_device_holds_a_whole_leaf_on_the_way(model, layout):
+    (config, target), place = WIDE[model], LAYOUTS[layout]()
+    places = param_shardings(config, place)
+    shapes = jax.tree.map(
+        lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), abstract_params(config), places
+    )
+    _, cut = plan_cut(config, choose(config, random_importance(config, 0), target), layout=place)
+    matrices = [leaf for path, leaf in cut.leaves.items() if path[-1] == "kernel"]
+    assert len(matrices) >= 8
+    for leaf in matrices:
+        whole = sum(leaf_at(shapes, source).size * 4 for source in leaf.sources)
+        needed = leaf.program.lower(*leaf.arguments(shapes)).compile().memory_analysis()
+        assert needed.temp_size_in_bytes < whole / 2.5, leaf.sources
+
+
+def test_leaves_that_are_alike_share_a_program(caplog):
+    """The tables; both norms of layers; query; key and value; output; gate and up; down; the last norm."""
+    config = dataclasses.replace(llama(layers=4, tied=False), layers=(*llama(layers=2).layers, THIN, THIN))
+    plan = choose(config, random_importance(config, 0), Target(embed=13, mlp=11))
+    with compiled_times(caplog) as count:
+        prune_model(config, tiny_params(config), plan)
+    assert count("cut") <= 8
 
 
 @pytest.mark.parametrize("model", ["tied", "untied", "two segments"])

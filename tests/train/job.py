@@ -21,6 +21,7 @@ import time  # noqa: E402
 from train_cases import Files, run  # noqa: E402
 
 from jaxdistill.search import search  # noqa: E402
+from jaxdistill.sharding import MeshConfig  # noqa: E402
 from jaxdistill.train import progress  # noqa: E402
 
 
@@ -35,7 +36,8 @@ if kind == "train":
     progress.Say.progress = slower
     run(files.config(out, export="none" if rank is None else "jaxdistill"), devices=devices)
 elif kind == "prune":
-    run(files.pruning(out), devices=devices).plan.save(out.parent / f"{rank}.json")
+    mesh = MeshConfig(tensor=jax.local_device_count())
+    run(files.pruning(out, mesh=mesh), devices=devices).plan.save(out.parent / f"{rank}.json")
 elif kind == "search":
     ranked = run(files.searching(out, candidates=2), job=search, devices=devices)
     (out.parent / f"{rank}.json").write_text(json.dumps([dataclasses.asdict(row) for row in ranked]))

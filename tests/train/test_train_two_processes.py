@@ -26,12 +26,13 @@ JOB = Path(__file__).with_name("job.py")
 
 
 @contextlib.contextmanager
-def two_processes(files, out, *, job="train", lines=0):
-    """Both processes of a job, once it has written some lines of metrics."""
+def two_processes(files, out, *, job="train", lines=0, devices=1):
+    """Both processes of a job with some devices each, once it has written some lines of metrics."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": flags_for_one_device()}
+    flags = f"{flags_for_one_device()} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags}
     children = []
     for rank in range(2):
         with (out.parent / f"{rank}.log").open("w") as log:
@@ -99,10 +100,12 @@ def test_two_processes_go_on_from_one_and_export(files, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_cut_the_same_student_as_one(files, tmp_path):
-    """By importance that each measured on its own rows: one plan, one student before and after it learned."""
+@pytest.mark.parametrize("devices", [1, 2])
+def test_two_processes_cut_the_same_student_as_one(devices, files, tmp_path):
+    """By importance that each measured on its own rows: one plan, one student before and after it learned. With two
+    devices each, they split the parts of layers as well, and so what is measured of them."""
     out, alone = tmp_path / "run", tmp_path / "alone"
-    with two_processes(files, out, job="prune") as children:
+    with two_processes(files, out, job="prune", devices=devices) as children:
         assert [child.wait(200) for child in children] == [0, 0], logs(out)
     plan = run(files.pruning(alone)).plan
     assert [
