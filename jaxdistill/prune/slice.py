@@ -38,7 +38,7 @@ def prune_model(
     the D' kept of D channels is D / D' times larger; "exact" undoes that: scale · √(D / D'), epsilon · D / D'. Where
     norms take a mean off, heads have norms with the same epsilon, or what is added to the stream has norms of its own,
     there is no exact repair.
-    On a mesh a leaf at a time is moved and cut, and no device holds more than its part of it.
+    On a mesh leaves are cut one after another, and stay divided while they are.
     Raises ValueError for a plan of another model, and for sizes that the layout's mesh could divide before and cannot
     afterwards: an array that is not divided is held whole by every device.
     """

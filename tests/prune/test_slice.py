@@ -164,7 +164,7 @@ def test_channels_that_are_zero_leave_without_a_trace_when_norms_are_repaired(mo
         pytest.skip("has no exact repair")
     placed = jax.device_put(params, param_shardings(config, place))
     smaller, cut = prune_model(config, placed, plan, layout=place, norm_repair="exact")
-    np.testing.assert_allclose(logits(smaller, cut), logits(config, params), atol=1e-5)
+    np.testing.assert_allclose(logits(smaller, cut), logits(config, params), atol=2e-5)
     assert smaller.norm_epsilon == pytest.approx(config.norm_epsilon * config.embed / (config.embed - len(DEAD)))
     _, plain = prune_model(config, placed, plan, layout=place)
     assert np.abs(logits(plan.resize(config), plain) - logits(config, params)).max() > 1e-2
