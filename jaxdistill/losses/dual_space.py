@@ -89,8 +89,8 @@ class DSKD:
         meet &= own.segment_ids[:, :, None] == theirs.segment_ids[:, None, :]
         to_student, to_teacher = _attention(own, theirs, meet, parameters)
         values = _divided(theirs.hidden, theirs) + _divided(theirs.targets, theirs)
-        brought = to_student @ _mapped(parameters, "to_student", values)
-        sent = to_teacher @ _mapped(parameters, "to_teacher", own.hidden)
+        brought = _product(to_student, _mapped(parameters, "to_student", values))
+        sent = _product(to_teacher, _mapped(parameters, "to_teacher", own.hidden))
 
         heads = jax.lax.stop_gradient((student.head, teacher.head))
         projected = Outputs(brought.astype(student.hidden.dtype), heads[0])
@@ -137,7 +137,7 @@ def _attention(
     [batch, teacher_length, length]; rows sum to 1, or to 0 where there is nothing to take. meet: which may."""
     queries = _mapped(parameters, "query", jnp.concatenate([own.tokens, own.targets], axis=-1))
     keys = _divided(jnp.concatenate([theirs.tokens, theirs.targets], axis=-1), theirs)
-    scores = jnp.einsum("bse,bte->bst", queries, keys) * keys.shape[-1] ** -0.5
+    scores = jnp.einsum("bse,bte->bst", queries, keys, precision="highest") * keys.shape[-1] ** -0.5
 
     def shares(scores: Array, allowed: Array) -> Array:
         return jnp.where(allowed, jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1), 0.0)
@@ -146,7 +146,7 @@ def _attention(
 
 
 def _mapped(parameters: Mapping[str, Array], name: str, values: Array) -> Array:
-    return values @ parameters[name] + parameters[f"{name}_bias"]
+    return _product(values, parameters[name]) + parameters[f"{name}_bias"]
 
 
 def _divided(values: Float[Array, "batch length width"], side: _Side) -> Float[Array, "batch length width"]:
@@ -172,3 +172,8 @@ class _WhereRight(Term):
 
     def __call__(self, student, teacher, at, parameters):
         return jnp.where(teacher.argmax() == at.targets, self.term(student, teacher, at, parameters), 0.0)
+
+
+def _product(left: Any, right: Any) -> Any:
+    """In full float32 on every device, as all arithmetic of losses."""
+    return jnp.matmul(left, right, precision="highest")

@@ -190,15 +190,6 @@ def _expressed(config: ModelConfig) -> tuple[dict[str, Any], ModelConfig]:
     return fields, read
 
 
-def exportable(config: ModelConfig) -> bool:
-    """Whether `check_exportable` has nothing to say."""
-    try:
-        check_exportable(config)
-    except ConfigError:
-        return False
-    return True
-
-
 def _differences(config: ModelConfig, read: ModelConfig) -> str:
     """Where a model differs from what would be read instead."""
     layers: dict[tuple[LayerSpec, LayerSpec], list[int]] = {}

@@ -82,9 +82,9 @@ def choose(
     """The plan that keeps the parts with the highest scores; of equals the earlier one.
 
     Channels are ranked once for the whole model, experts, neurons and heads in each layer, query heads inside the group
-    of their key-value head, neurons of a mixture inside their expert.
-    Kept parts stay in the model's order; with `sort` they stand in falling order of importance,
-    so that every prefix of an axis is the best choice of that size (nested models). Layers always keep their order.
+    of their key-value head, neurons of a mixture inside their expert. Kept parts stay in the model's order; with `sort`
+    they stand in falling order of importance, so that every prefix of an axis is the best choice of that size (nested
+    models): of heads and a mixture's neurons, every prefix inside a group or an expert. Layers always keep their order.
     merge_heads: dropped query heads leave a residual in kept ones, see `PrunePlan.head_partners`. Raises ValueError for
     sizes that the model does not have.
     """
