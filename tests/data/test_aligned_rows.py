@@ -411,7 +411,7 @@ def test_rows_of_a_teacher_are_as_long_as_the_students_unless_said(corpus, stude
     ("settings", "message"),
     [
         ({"teacher_length": 0}, "teacher_length is 0; it must be at least 1"),
-        ({"chunks": "lines"}, "chunks is 'lines'; use 'minimal' or 'words'"),
+        ({"chunks": "lines"}, "chunks is 'lines'; allowed are minimal, words"),
     ],
 )
 def test_illegal_settings_are_refused(settings, message):

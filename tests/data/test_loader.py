@@ -297,7 +297,7 @@ def test_process_counts_that_do_not_divide_are_refused(corpus):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"open_rows": 0}, "open_rows is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"long_documents": "cut"}, "'split', 'truncate' or 'drop'"),
+        ({"long_documents": "cut"}, "long_documents is 'cut'; allowed are split, truncate, drop"),
         ({"virtual_shards": 3}, r"does not divide batch_size 8. Allowed are \[1, 2, 4, 8\]"),
         ({"path": "a.txt", "sources": (Weighted(JsonLines("b.jsonl")),)}, "both given"),
     ],
