@@ -84,8 +84,6 @@ class DataConfig:
             raise ValueError("DataConfig.path and DataConfig.sources are both given; give one of them.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"DataConfig.seed is {self.seed}; it must be between 0 and 2^32 - 1.")
-        if self.chunks not in ("minimal", "words"):
-            raise ValueError(f"DataConfig.chunks is {self.chunks!r}; use 'minimal' or 'words'.")
         try:
             datetime.date.fromisoformat(self.template_date)
         except ValueError:
