@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from compiling import collectives_in_loops
-from tiny import LAYOUTS, assert_changes_close, assert_gradients_close, llama, packed_batch
+from tiny import LAYOUTS, assert_changes_close, assert_gradients_close, llama, packed_batch, slow
 from tiny import params as tiny_params
 
 from jaxdistill import partition
@@ -342,7 +342,7 @@ HIDDEN = {
 HIDDEN_REFERENCE = functools.cache(lambda: run(Setting(), 4, terms=HIDDEN)[0])
 
 
-@pytest.mark.parametrize("setting", [Setting(accumulate=4), Setting(layout="fsdp 4 x tensor 2", accumulate=2)])
+@pytest.mark.parametrize("setting", [slow(Setting(accumulate=4)), Setting(layout="fsdp 4 x tensor 2", accumulate=2)])
 def test_hidden_states_are_matched_alike_in_every_setting(setting):
     losses, state = run(setting, 4, terms=HIDDEN)
     expected = HIDDEN_REFERENCE()
@@ -380,7 +380,7 @@ def test_a_balanced_term_adds_its_weight_times_the_other(accumulate):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *changes)
 
 
-@pytest.mark.parametrize("layout", ["one device", "fsdp 4 x tensor 2"])
+@pytest.mark.parametrize("layout", [slow("one device"), "fsdp 4 x tensor 2"])
 def test_a_teacher_that_is_corrected_learns_as_if_alone(layout):
     """Its trajectory is that of training it by itself; the student learns from what it is at each step."""
     place = LAYOUTS[layout]()

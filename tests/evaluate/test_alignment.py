@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import llama, params
+from tiny import llama, params, slow
 from written_tokenizers import written
 
 from jaxdistill.checkpoint.open import Model, has_model
@@ -59,7 +59,7 @@ def tokens_of(view, side: int) -> list:
     return [token for cell in view.cells for token in cell.sides[side]]
 
 
-@pytest.mark.parametrize("record", [{"text": TEXT}, PAIR], ids=["text", "pair"])
+@pytest.mark.parametrize("record", [{"text": TEXT}, slow(PAIR)], ids=["text", "pair"])
 def test_likelihoods_are_those_of_a_direct_computation(sides, record):
     view = view_of(sides, record)
     for number, side in enumerate(sides):

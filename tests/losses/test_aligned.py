@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_chunked import shapes_in
-from tiny import LAYOUTS, MESHES, assert_gradients_close, paired_batch
+from tiny import LAYOUTS, MESHES, assert_gradients_close, paired_batch, slow
 
 from jaxdistill.losses.aligned import Ends, aligned_means, at_chunk_ends
 from jaxdistill.losses.alm import ALM, EndsChunk, Path
@@ -63,7 +63,7 @@ def by_full_scores(learned, teacher, batch):
     return TERMS["alm"](own, theirs).value + cross_entropy
 
 
-@pytest.mark.parametrize("layout", MESHES)
+@pytest.mark.parametrize("layout", [slow("one device"), *MESHES[1:]])
 def test_every_mesh_gives_the_loss_and_gradients_of_full_scores(layout):
     learned, teacher, batch = example()
     expected = jax.value_and_grad(by_full_scores)(learned, teacher, batch)

@@ -90,7 +90,7 @@ def changes(layout: str, accumulate: int):
 
 
 @pytest.mark.parametrize(
-    ("layout", "accumulate"), [("one device", 4), ("fsdp 4 x tensor 2", 1), slow("fsdp 4 x tensor 2", 2)]
+    ("layout", "accumulate"), [slow("one device", 4), ("fsdp 4 x tensor 2", 1), slow("fsdp 4 x tensor 2", 2)]
 )
 def test_neither_meshes_nor_micro_batches_change_a_step(layout, accumulate):
     expected, metrics = changes("one device", 1)

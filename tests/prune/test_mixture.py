@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from tiny import llama, mixture, packed_batch
+from tiny import llama, mixture, packed_batch, slow
 from tiny import params as tiny_params
 
 from jaxdistill.losses.scores import Scores
@@ -117,7 +117,7 @@ def test_scores_are_those_of_the_definition(sequence, batch):
     assert len(found.widths["experts"][2]) == 0
 
 
-@pytest.mark.parametrize("scorer", [Activations(), MaskGradients(), WeightMagnitude()])
+@pytest.mark.parametrize("scorer", [Activations(), slow(MaskGradients()), WeightMagnitude()])
 def test_every_scorer_gives_the_same_on_a_mesh(scorer):
     one, mesh = scorer(calibration()), scorer(calibration(LAYOUTS["expert 2 x fsdp 2 x tensor 2"]()))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), mesh, one)

@@ -156,6 +156,7 @@ def test_a_moved_student_begins_with_the_rows_of_the_old_tokens(files, moved, pl
     assert all(leaf is theirs[name] for name, leaf in frozen.items())
 
 
+@pytest.mark.slow
 def test_a_student_of_bytes_keeps_the_old_embedding(config, whole, tmp_path):
     """The teacher's own array, which does not learn; the student that is written reads it."""
     bytes_ = config(

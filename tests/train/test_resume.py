@@ -122,6 +122,7 @@ def test_frozen_parts_are_made_again_and_do_not_move(files, tmp_path):
     assert not np.array_equal(student["final_norm"]["scale"], initial["final_norm"]["scale"])
 
 
+@pytest.mark.slow
 def test_a_corrected_teacher_a_projection_and_a_plan_resume_to_the_same_bits(files, tmp_path):
     """Everything that learns besides the student's weights, and what is cut and frozen beside them."""
 
@@ -224,6 +225,7 @@ def job(files, out, *arguments, lines=0):
         child.wait()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_0(files, whole, tmp_path):
     out = tmp_path / "run"
     with job(files, out, lines=2) as child:
