@@ -18,7 +18,7 @@ import pytest
 import tyro
 from compiling import flags_for_one_device
 from test_layers import FLOORS
-from tiny import llama
+from tiny import llama, slow
 
 from jaxdistill import cli
 from jaxdistill.checkpoint.open import open_config
@@ -94,7 +94,7 @@ def test_a_run_from_python_is_short():
     assert len(run.splitlines()) <= 25
 
 
-@pytest.mark.parametrize(("program", "term"), [(0, "reverse_kl"), (3, "alm")])
+@pytest.mark.parametrize(("program", "term"), [(0, "reverse_kl"), slow(3, "alm")])
 def test_a_run_from_python(program, term, places, tmp_path):
     """In an interpreter of its own, as a user's file is: train() sets up the process (compilation cache, signals)."""
     file = tmp_path / "mine.py"

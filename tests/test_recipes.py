@@ -39,7 +39,7 @@ RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
 SEARCHES = {"search"}
 """Recipes of `jaxdistill search`; all others are those of `jaxdistill train`."""
 
-TRAINED_EARLY = {"across_tokenizers", "conversations", "minitron_depth", "quickstart"}
+TRAINED_EARLY = {"across_tokenizers", "conversations", "quickstart"}
 """Those that `make test` trains; it resolves all of them."""
 
 TEACHER_LAYERS = 4
@@ -233,6 +233,7 @@ def test_trains_two_steps_when_shrunk(name, small, tmp_path):
     assert open_config(result.student).layers
 
 
+@pytest.mark.slow
 def test_searches_two_candidates_when_shrunk(small, tmp_path):
     config = load(RECIPES["search"])
     run = shrink(config.train, small, tmp_path)

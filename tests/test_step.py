@@ -133,7 +133,7 @@ EQUAL_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", EQUAL_SETTINGS)
+@pytest.mark.parametrize("name", [name if "accumulate" in name else slow(name) for name in EQUAL_SETTINGS])
 def test_equal_settings_have_equal_gradients_and_trajectories(name):
     losses, gradients = trajectory(EQUAL_SETTINGS[name])
     expected, expected_gradients = REFERENCE()

@@ -132,6 +132,7 @@ def test_the_loss_is_the_weighted_sum_of_the_terms():
     assert np.abs(change["objective"]["hidden"]["projection"]).max() > 0
 
 
+@pytest.mark.slow
 def test_a_corrected_teacher_learns_from_its_own_rows():
     """Divided by the teacher's supervised positions, not the student's, also in micro-batches."""
     corrected = {"cross_entropy": CrossEntropy()}
@@ -156,6 +157,7 @@ def weighed(layout: str = "one device", accumulate: int = 1):
     return run(layout, accumulate=accumulate, steps=3, terms=WEIGHED, weighting="gradient_magnitude")
 
 
+@pytest.mark.slow
 def test_gradients_have_the_sizes_that_weights_say():
     """Against the gradients of each term alone, and the norms of its gradients by what the student returns."""
     batch, taps = paired_batch(0, teacher_vocab=40), hidden_taps(WEIGHED, "student")

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILY_CASES, LAYOUTS, assert_gradients_close, family_models, llama, packed_batch, slow
+from tiny import FAMILY_CASES, LAYOUTS, MODEL_MESHES, assert_gradients_close, family_models, llama, packed_batch, slow
 
 from jaxdistill.models.decoder import Execution, apply, apply_cached, init_cache
 from jaxdistill.models.embedding import look_up
 from jaxdistill.models.schema import init_params, param_shardings
 from jaxdistill.sharding import DEFAULT_RULES, Layout, MeshConfig, make_mesh, put_batch
 
-MESHES = [name for name in LAYOUTS if name not in ("one device", "embed over tensor")]
+MESHES = MODEL_MESHES[1:]
 CONFIG = llama(layers=3, tied=False)
 
 

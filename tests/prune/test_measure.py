@@ -111,7 +111,7 @@ def test_every_scorer_gives_the_same_on_a_mesh(scorer):
 
 
 @pytest.mark.parametrize("scorer", [Activations(), MaskGradients(), WeightMagnitude()])
-@pytest.mark.parametrize("name", ["lacking", "gemma3", slow("qwen3_moe")])
+@pytest.mark.parametrize("name", ["lacking", slow("gemma3"), slow("qwen3_moe")])
 def test_every_scorer_scores_what_there_is(scorer, name):
     """Parts of halves that a layer lacks are none, and the rest can be cut."""
     config = lacking() if name == "lacking" else family_models()[name]
