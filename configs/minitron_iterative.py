@@ -3,13 +3,13 @@
     jaxdistill train configs/minitron_iterative.py --teacher.path DIR --data.path FILE
 
 Typed once it is the first round, typed again the second, whose student begins as a part of the first one's; the teacher
-is the original in both. An interrupted round goes on. The rounds are in runs/minitron_iterative/1 and 2 (say
-so below if they should be elsewhere: with `--out` the next one would not find them); the last one's `student` is the
-result. The sizes are for SmolLM2-135M (30 layers, 1,536 neurons: 134.5M, 94.7M and 66.2M parameters);
-for another model write others into ROUNDS, or more of them.
+is the original in both. An interrupted round goes on. The rounds are in runs/minitron_iterative/1 and 2
+(write another PLACE below rather than `--out`, where the next round would not find them); the last one's `student` is
+the result. The sizes are for SmolLM2-135M (30 layers, 1,536 neurons: 134.5M, 94.7M and 66.2M parameters); for another
+model write others into ROUNDS, or more of them.
 
 Paper: Compact Language Models via Pruning and Knowledge Distillation (2407.14679), which goes from 15B to 4B by way of
-8B, and finds this better than one cut where more than half goes.
+8B. Whether two rounds are better than one cut was not measured here.
 """
 
 from pathlib import Path

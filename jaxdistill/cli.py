@@ -321,7 +321,8 @@ def prune(
         field: The key or column of the text, where the format has one.
         prepend_bos: Begin each text with the begin-of-text token.
         seed: Of the order of the text, and of random scores.
-        sort: Order the kept parts by importance, so that every prefix is the best choice of its size.
+        sort: Order the kept parts by importance, so that every prefix (of heads: in each group) is the best
+            choice of its size.
         merge_heads: Add what dropped query heads differ by to kept ones (2407.14679).
         norm_repair: "exact" rescales norms so that dropping channels that are zero changes nothing.
         to: The format of OUT/model.
