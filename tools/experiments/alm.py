@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,6 +207,8 @@ def pretrain(bench: Bench, out: Path) -> None:
 
 # What is measured.
 
+WINDOWS = 8_192
+"""Positions of held-out text that are measured on the way."""
 READ_WORDS = 5
 """Of every text that is measured, which the teacher continued, or did not."""
 
@@ -218,6 +220,9 @@ def bench_of(part: Part, out: Path, results: Path, *, length: int, batch_size: i
         results=results,
         teacher=asset("smollm2"),
         text=asset("boolq-passages"),
+        held_out=held_out_text(out),
+        windows=WINDOWS // length,
+        quarters=True,
         length=length,
         batch_size=batch_size,
         tuned_by="tuning_bits_per_byte",
@@ -237,6 +242,12 @@ def measured_texts(out: Path) -> dict[str, list[str]]:
     written = spelled_alike([text.splitlines()[0] for text in read_texts(file)])
     texts = {"tuning": found[0::2], "held-out": found[1::2], "written": written}
     return {name: [text for text in each if len(text.split()) > 2 * READ_WORDS] for name, each in texts.items()}
+
+
+def held_out_text(out: Path) -> Path:
+    """The held-out texts as a file for `train`, which measures on the beginning of it."""
+    file = out / "held_out.jsonl"
+    return file if file.exists() else write_texts(file, measured_texts(out)["held-out"])
 
 
 def spelled_alike(texts: Sequence[str]) -> list[str]:
@@ -358,12 +369,30 @@ def draw(results: Path, pictures: Path) -> None:
     for part in ("unigram", "llama2", "bytes", "student"):
         ways = ways_of(results, part)
         if ways:
-            figure, both = plt.subplots(1, 2, figsize=(9, 0.9 + 0.4 * len(ways)), sharey=True, layout="constrained")
-            for axes, (number, label) in zip(both, NUMBERS.items(), strict=True):
+            figure = plt.figure(figsize=(9, 3.6 + 0.4 * len(ways)), layout="constrained")
+            grid = figure.add_gridspec(2, 2, height_ratios=[0.9 + 0.4 * len(ways), 2.7])
+            left = figure.add_subplot(grid[0, 0])
+            right = figure.add_subplot(grid[0, 1], sharey=left)
+            for axes, (number, label) in zip((left, right), NUMBERS.items(), strict=True):
                 draw_ways(axes, ways, number, label)
-            both[1].set_title("")
+            right.set_title("")
+            right.tick_params(labelleft=False)
+            draw_along(figure.add_subplot(grid[1, :]), ways)
             figure.savefig(pictures / f"alm-{part}.png", dpi=130)
             plt.close(figure)
+
+
+def draw_along(axes: Any, ways: Mapping[str, Sequence[Row]]) -> None:
+    """Held-out text by step: a thin line for each seed of each way."""
+    for at, (way, rows) in enumerate(ways.items()):
+        for row in rows:
+            axes.plot(
+                *zip(*row["along"], strict=True), color=f"C{at}", linewidth=1, label=way if row is rows[0] else None
+            )
+    axes.set_xlabel("steps")
+    axes.set_ylabel("bits per byte")
+    axes.set_title("On the way", loc="left")
+    axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

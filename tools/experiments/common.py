@@ -25,7 +25,8 @@ Part = TypeVar("Part", bound=str)
 
 SEEDS = (0, 1, 2)
 Row = dict[str, Any]
-"""What a run found: its bench, way, seed and rate; positions of its rows; numbers at its start and end; its curve."""
+"""What a run found: its bench, way, seed and rate; positions of its rows; numbers at its start and end, and by step of
+held-out text on the way (`along`); its loss by step (`curve`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,9 @@ class Bench:
     batch_size: int
     held_out: Path | None = None
     windows: int = 32
-    """Rows of held-out text on which `train` measures before the first and after the last step."""
+    """Rows of held-out text on which `train` measures before the first step, after each quarter of them where
+    `quarters` says so, and after the last."""
+    quarters: bool = False
     tuned_by: str = "cross_entropy_nats"
     """The number at a run's end that learning rates are chosen by."""
     settings: str = ""
@@ -101,7 +104,9 @@ class Bench:
             "optimizer": AdamW(learning_rate=WarmupCosine(peak=rate, warmup=0.1), weight_decay=0.0),
             "steps": steps,
             "held_out": HeldOutConfig(
-                path=None if self.held_out is None else str(self.held_out), every=1 << 20, windows=self.windows
+                path=None if self.held_out is None else str(self.held_out),
+                every=steps // 4 if self.quarters else 1 << 20,
+                windows=self.windows,
             ),
             "checkpoints": CheckpointConfig(every=max(60, steps // 4)),
             "log": LogConfig(every=20, tensorboard=False),
@@ -133,10 +138,11 @@ class Bench:
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
             curve = [(line["step"], round(line["loss"], 4)) for line in lines if line.get("loss") is not None]
+            along = [(step, round(found["bits_per_byte"], 4)) for step, found in held_out.items()]
             start, end = ({}, {}) if self.held_out is None else (held_out[0], held_out[steps])
             end |= {} if measure is None else measure(run / "student")
             tokens = steps * config.data.length * config.data.batch_size
-            return {"tokens": tokens, "start": start, "end": end, "curve": curve}
+            return {"tokens": tokens, "start": start, "end": end, "along": along, "curve": curve}
 
         row = self.result(way, make, seed=seed, rate=rate)
         shutil.rmtree(run, ignore_errors=True)  # its checkpoints are gigabytes; what is wanted is in the row
