@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,25 @@ def test_every_fault_fits_the_source_and_names_tests_that_exist():
     assert not TOOL["problems"](ROOT, TOOL["read_table"]())
 
 
-NAMES = ("minus for plus", "sign lost")
+NAMES = ("minus for plus", "sign lost", "rounded down")
 
 
 def repository(root: Path) -> Path:
-    """One module, one test of half of it, and a table of two faults."""
+    """One module, tests of two thirds of it, one of them slow, and a table of three faults."""
     files = {
         "jaxdistill/__init__.py": "",
-        "jaxdistill/sums.py": "def add(a, b):\n    return a + b\n\n\ndef negate(a):\n    return -a\n",
+        "jaxdistill/sums.py": "def add(a, b):\n    return a + b\n\n\ndef negate(a):\n    return -a\n\n\n"
+        "def half(a):\n    return a / 2\n",
         "tests/test_sums.py": "from jaxdistill.sums import add\n\n\ndef test_add():\n    assert add(1, 2) == 3\n",
-        "pyproject.toml": "[tool.pytest.ini_options]\n",
+        "tests/test_half.py": """
+            import pytest
+            from jaxdistill.sums import half
+
+            @pytest.mark.slow
+            def test_half():
+                assert half(3) == 1.5
+        """,
+        "pyproject.toml": "[tool.pytest.ini_options]\nmarkers = ['slow']\n",
         "mutations.toml": """
             [[mutation]]
             name = "minus for plus"
@@ -39,11 +49,18 @@ def repository(root: Path) -> Path:
             before = "return -a"
             after = "return a"
             tests = ["tests/test_sums.py"]
+
+            [[mutation]]
+            name = "rounded down"
+            file = "jaxdistill/sums.py"
+            before = "a / 2"
+            after = "a // 2"
+            tests = ["tests/test_half.py"]
         """,
     }
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+        (root / name).write_text(textwrap.dedent(text))
     return root
 
 
@@ -66,8 +83,15 @@ def test_what_tests_miss_is_told_and_the_source_is_left_alone(tried):
     assert status == 1
     assert "caught" in next(line for line in out.splitlines() if "minus for plus" in line)
     assert "SURVIVED" in next(line for line in out.splitlines() if "sign lost" in line)
-    assert "1 of 2 faults caught" in out
+    assert "2 of 3 faults caught" in out
     assert {path: path.read_text() for path in tried.root.rglob("*") if path.is_file()} == before
+
+
+def test_slow_tests_meet_what_quick_ones_do_not_notice(tried):
+    status, out = tried("--only", "rounded")
+    assert status == 0
+    assert ["NOT RUN" in line for line in out.splitlines() if "rounded down" in line] == [True, False]
+    assert "1 of 1 faults caught" in out
 
 
 def test_faults_can_be_chosen(tried):

@@ -4,9 +4,9 @@
     python tools/mutate.py --only packing   those with this word in their name or file
     python tools/mutate.py --list
 
-A fault that no test notices ("SURVIVED") shows a missing test; write it, or make the one there sharper. The exit
-status is 1 then. Faults are exact pieces of source text: where the code has moved on, the tool says which entries to
-update. The working tree is never changed.
+Quick tests first; faults that those do not notice meet the slow ones. A fault that no test notices ("SURVIVED") shows a
+missing test; write it, or make the one there sharper. The exit status is 1 then. Faults are exact pieces of source
+text: where the code has moved on, the tool says which entries to update. The working tree is never changed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ TABLE = Path(__file__).with_name("mutations.toml")
 COPIED = ("jaxdistill", "tests", "configs", "tools", "docs", "pyproject.toml", "README.md", "Makefile")
 """What tests may read; environments, caches and runs are not copied."""
 
-MARKERS = "not slow and not real and not parity"
+QUICK, SLOW = "not slow and not real and not parity", "slow and not real and not parity"
 LIMIT_SECONDS = 600
-CAUGHT, SURVIVED, TIMED_OUT = "caught", "SURVIVED", "TIMED OUT"
+CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = "caught", "SURVIVED", "TIMED OUT", "NOT RUN"
+NO_TESTS = 5
+"""Pytest's exit status where its markers left nothing to run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +105,9 @@ def copy_repository(root: Path, target: Path) -> None:
             shutil.copy2(root / name, target / name)
 
 
-def pytest(copy: Path, *arguments: str, quiet: bool = True) -> int:
-    """Exit status of pytest in a copy, whose own package is imported; raises `subprocess.TimeoutExpired`."""
+def pytest(copy: Path, markers: str, *arguments: str, limit: float | None = None) -> int:
+    """Exit status of pytest in a copy, whose own package is imported. limit: in seconds; it is quiet then, and raises
+    `subprocess.TimeoutExpired`."""
     environment = os.environ | {
         "PYTHONPATH": str(copy),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -113,23 +116,23 @@ def pytest(copy: Path, *arguments: str, quiet: bool = True) -> int:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", MARKERS, *arguments]
-    output = subprocess.DEVNULL if quiet else None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", markers, *arguments]
+    output = None if limit is None else subprocess.DEVNULL
     return subprocess.run(
-        command, cwd=copy, env=environment, stdout=output, stderr=output, check=False, timeout=LIMIT_SECONDS
+        command, cwd=copy, env=environment, stdout=output, stderr=output, check=False, timeout=limit
     ).returncode
 
 
-def attempt(copy: Path, mutation: Mutation) -> Outcome:
-    """Runs the tests of one fault in a copy, and takes the fault out again."""
+def attempt(copy: Path, mutation: Mutation, markers: str) -> Outcome:
+    """Runs the tests of one fault that have these markers in a copy, and takes the fault out again."""
     path = copy / mutation.file
     original = path.read_text(encoding="utf-8")
     path.write_text(original.replace(mutation.before, mutation.after), encoding="utf-8")
     began = time.perf_counter()
     try:
-        status = pytest(copy, "-x", *mutation.tests)
+        status = pytest(copy, markers, "-x", *mutation.tests, limit=LIMIT_SECONDS)
         # 1: a test failed. 2 and more: nothing ran, so nothing was caught.
-        result = {0: SURVIVED, 1: CAUGHT}.get(status, f"NOT RUN (pytest status {status})")
+        result = {0: SURVIVED, 1: CAUGHT}.get(status, f"{NOT_RUN} (pytest status {status})")
     except subprocess.TimeoutExpired:
         result = TIMED_OUT
     finally:
@@ -137,8 +140,15 @@ def attempt(copy: Path, mutation: Mutation) -> Outcome:
     return Outcome(mutation, result, time.perf_counter() - began)
 
 
-def run_all(copies: Sequence[Path], mutations: Sequence[Mutation]) -> list[Outcome]:
-    """Every fault, as many at a time as there are copies, with a line for each as it ends."""
+def run_all(copies: Sequence[Path], mutations: Sequence[Mutation], markers: str) -> list[Outcome] | None:
+    """Every fault, as many at a time as there are copies, with a line for each as it ends. None: tests with these
+    markers fail on the code as it is."""
+    tests = list(dict.fromkeys(test for m in mutations for test in m.tests))
+    print(f"{len(mutations)} faults, {len(copies)} at a time; first their tests on the code as it is", flush=True)
+    # Separate processes only where several are wanted: pytest-xdist is not needed otherwise.
+    parallel = ["-n", str(len(copies))] if len(copies) > 1 else []
+    if pytest(copies[0], markers, *parallel, *tests) not in (0, NO_TESTS):
+        return None
     free: queue.SimpleQueue[Path] = queue.SimpleQueue()
     for copy in copies:
         free.put(copy)
@@ -146,7 +156,7 @@ def run_all(copies: Sequence[Path], mutations: Sequence[Mutation]) -> list[Outco
     def one(mutation: Mutation) -> Outcome:
         copy = free.get()
         try:
-            return attempt(copy, mutation)
+            return attempt(copy, mutation, markers)
         finally:
             free.put(copy)
 
@@ -164,6 +174,22 @@ def run_all(copies: Sequence[Path], mutations: Sequence[Mutation]) -> list[Outco
                 flush=True,
             )
     return outcomes
+
+
+def try_quick_then_slow(copies: Sequence[Path], mutations: Sequence[Mutation]) -> list[Outcome] | None:
+    """An outcome for each fault, in the table's order; None: tests fail on the code as it is."""
+    outcomes: dict[str, Outcome] = {}
+    left = mutations
+    for markers in (QUICK, SLOW):
+        found = run_all(copies, left, markers) if left else []
+        if found is None:
+            return None
+        for outcome in found:
+            # Where a fault has no slow tests, what the quick ones said stands.
+            if outcome.mutation.name not in outcomes or not outcome.result.startswith(NOT_RUN):
+                outcomes[outcome.mutation.name] = outcome
+        left = [m for m in mutations if outcomes[m.name].result != CAUGHT]
+    return [outcomes[m.name] for m in mutations]
 
 
 def _line(outcome: Outcome) -> str:
@@ -209,16 +235,10 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, table: Pa
         copies = [Path(temporary) / f"copy{index}" for index in range(jobs)]
         for copy in copies:
             copy_repository(root, copy)
-        tests = list(dict.fromkeys(test for m in mutations for test in m.tests))
-        print(
-            f"{len(mutations)} faults, {jobs} at a time; first their {len(tests)} tests on the code as it is",
-            flush=True,
-        )
-        # Separate processes only where several are wanted: pytest-xdist is not needed otherwise.
-        if pytest(copies[0], *(["-n", str(jobs)] if jobs > 1 else []), *tests, quiet=False):
-            print("The tests fail on the code as it is; nothing can be learnt from faults before they pass.")
-            return 2
-        outcomes = run_all(copies, mutations)
+        outcomes = try_quick_then_slow(copies, mutations)
+    if outcomes is None:
+        print("The tests fail on the code as it is; nothing can be learnt from faults before they pass.")
+        return 2
     print(summary(outcomes), f"in {time.perf_counter() - began:.0f} s")
     return 0 if all(o.result == CAUGHT for o in outcomes) else 1
 
