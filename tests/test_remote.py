@@ -299,22 +299,26 @@ def weights(value: float = 0.0):
 
 
 def test_checkpoints_of_a_run_are_uploaded_whole_or_not_at_all(tmp_path, monkeypatch):
+    upload, uploaded, broken = paths.upload, [], []
+
+    def recorded(file, to):
+        if file.name in broken:
+            raise OSError("the connection was lost")
+        uploaded.append(f"{to.parent.name}/{to.name}")
+        upload(file, to)
+
+    monkeypatch.setattr(paths, "upload", recorded)
     checkpoints = RunCheckpoints(f"{ROOT}/run", retention=Retention(last=2, best=0))
     for step in (1, 2, 3):
         checkpoints.save(step, weights(step), {"0": step}, {})
     checkpoints.wait()
-    upload = paths.upload
-
-    def fails(file, to):
-        if file.name == "info.json":
-            raise OSError("the connection was lost")
-        upload(file, to)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(paths, "upload", fails)
-        checkpoints.save(4, weights(4), {"0": 4}, {})
-        with pytest.raises(CheckpointError, match=r"step 4 .*connection was lost.* steps \[2, 3\]"):
-            checkpoints.wait()
+    # What says that a checkpoint is whole is written once, behind all else.
+    assert (uploaded[-1], uploaded.count(uploaded[-1])) == ("step_00000003/commit_success.txt", 1)
+    broken.append("info.json")
+    checkpoints.save(4, weights(4), {"0": 4}, {})
+    with pytest.raises(CheckpointError, match=r"step 4 .*connection was lost.* steps \[2, 3\]"):
+        checkpoints.wait()
+    broken.clear()
     assert {file.split("/")[0] for file in names(f"{ROOT}/run")} == {"step_00000002", "step_00000003"}
     checkpoints.save(4, weights(4), {"0": 4}, {"is": "info"})
     checkpoints.close()

@@ -113,7 +113,7 @@ def test_bytes_that_are_no_text_are_read_by_the_longest_tokens():
 def test_special_tokens_by_role_then_by_string():
     old = toy(
         [b"a"],
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>"],
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>", "</s>"],
         bos="<|im_start|>",
         eos="<|im_end|>",
         unk="<|endoftext|>",
@@ -130,14 +130,15 @@ def test_special_tokens_by_role_then_by_string():
     rows = map_vocabulary(old, new)
     named = dict(zip(new.token_bytes(), zip(rows.sources, rows.kinds, strict=True), strict=True))
     assert named[b"<s>"] == ((1,), "role")
-    assert rows.sources[2] == (2,)
+    # An end is one, also where the old tokenizer has its string for something else.
+    assert (rows.sources[2], rows.kinds[2]) == ((2,), "role")
     assert named[b"<unk>"] == ((0,), "role")
     assert named[b"<pad>"] == ((2,), "role")
     assert named[b"<end_of_turn>"] == ((2,), "role")
     assert named[b"<|im_start|>"] == ((1,), "exact")
     assert named[b"<tool>"] == ((3,), "exact")
     assert named[b"<new>"] == ((), "drawn")
-    assert named[b"a"] == ((4,), "exact")
+    assert named[b"a"] == ((5,), "exact")
     # Text that looks like a special token is text.
     assert rows.kinds[-1] == "drawn"
     assert rows.counts == {"role": 5, "exact": 4, "drawn": 2}

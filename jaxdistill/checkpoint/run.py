@@ -131,6 +131,7 @@ class RunCheckpoints:
 
     def _send(self, made: Path, target: Path) -> None:
         self._checkpointer.wait_until_finished()
+        (made / _COMMITTED).unlink(missing_ok=True)  # Orbax's; ours comes when all else is there
         upload_tree(made, target)
         write_text(target / _COMMITTED, "")
         remove_tree(made)

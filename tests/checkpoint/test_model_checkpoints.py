@@ -14,6 +14,8 @@ from tiny import family_models, lacking
 
 from jaxdistill.checkpoint.arrays import CheckpointError
 from jaxdistill.checkpoint.model import describe, is_model, load_model_checkpoint, save_model
+from jaxdistill.checkpoint.parts import SavedInParts
+from jaxdistill.models.parts import ParamsInParts, part_names
 from jaxdistill.models.schema import abstract_params, param_shardings
 from jaxdistill.specs import Attention, GatedMLP, LayerSpec, ModelConfig
 
@@ -106,6 +108,9 @@ def test_any_segmentation_loads(tmp_path):
     assert loaded_config == config
     assert all_bits(loaded) == all_bits(params)
     assert jax.tree.map(lambda x: x.sharding, loaded) == param_shardings(config, layout(fsdp=4))
+    in_parts, expected = SavedInParts.open(tmp_path / "model"), ParamsInParts(config, params)
+    for part in part_names(config):
+        np.testing.assert_array_equal(in_parts.read(*part), expected.read(*part))
 
 
 def test_the_tokenizer_lies_beside_the_model(tmp_path):

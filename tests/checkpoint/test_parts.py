@@ -48,8 +48,8 @@ def test_there_and_back_in_parts_is_the_same_as_whole(name, tmp_path):
     assert_equal(read, expected)
 
 
-def test_layers_without_parameters_and_shorter_stacks(tmp_path):
-    """What `save_model` has written, in runs of its own, is read by the layers of the configuration."""
+def test_layers_without_parameters(tmp_path):
+    """What `save_model` has written is read layer by layer."""
     config = dataclasses.replace(lacking(), layers=(*lacking().layers, *llama(layers=2).layers))
     params = tiny_params(config)
     save_model(tmp_path / "whole", config, params)

@@ -42,7 +42,7 @@ def random_scores(seed: int = 0, scale: float = 3.0) -> np.ndarray:
 
 
 IDS = jnp.asarray([0, 31, 7, 8, 20])
-CHOSEN = np.arange(VOCAB - 2) % 3 == 0  # not to the end: ids beyond it are not chosen
+CHOSEN = np.arange(VOCAB - 2)[::-1] % 3 == 0  # not to the end: ids beyond it are not chosen, though its last one is
 AT = Positions(targets=IDS, step=jnp.int32(0))
 REDUCTIONS = {
     "log_normalizer": (lambda s: s.log_normalizer(), lambda x: np.log(np.exp(x).sum(-1))),
