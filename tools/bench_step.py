@@ -76,6 +76,7 @@ def measure(bench: Bench, vocab: int) -> dict[str, Any]:
     import jax
 
     from jaxdistill.losses.chunked import default_chunk
+    from jaxdistill.train.progress import matmul_rate
 
     chunk = bench.chunk or default_chunk(vocab)
     work = _Work(vocab, bench.batch, bench.length)
@@ -107,19 +108,6 @@ def measure(bench: Bench, vocab: int) -> dict[str, Any]:
         "temporary_mb": temporary,
         "losses": losses,
     }
-
-
-def matmul_rate(size: int = 2048) -> float:
-    """Float32 FLOP/s of one large product on this machine, now."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.ones((size, size))
-    product = jax.jit(jnp.dot)
-    jax.block_until_ready(product(x, x))
-    start = time.perf_counter()
-    jax.block_until_ready(product(x, x))
-    return 2 * size**3 / (time.perf_counter() - start)
 
 
 class _Work:

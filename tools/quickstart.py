@@ -28,7 +28,7 @@ DOMAIN_BYTES = 4_000
 PIQA_ITEMS = 100
 EVALUATED_TOKENS = 12_200
 """Of that text, and of both answers to those questions."""
-EFFICIENCY = 0.6
+EFFICIENCY = 0.5
 """What a step and an evaluation do of their floating-point operations at the matmul rate (docs/log.md)."""
 OTHER_SECONDS = 40
 """To open, rank layers, compile, write and sample."""
@@ -114,7 +114,7 @@ def plan(options: Quickstart, paths: dict[str, Path], *, spent: float) -> Any:
     step = config.data.batch_size * length * (forward + training_flops(student, length, frozen=["embedding.kernel"]))
     evaluation = share(options) * EVALUATED_TOKENS * (forward + 3 * forward_flops(student, length))
     evaluation += config.student.calibration_batches * config.data.batch_size * length * forward
-    flops = (options.seconds - spent - OTHER_SECONDS) * EFFICIENCY * matmul_rate() - evaluation
+    flops = (options.seconds - spent - OTHER_SECONDS) * EFFICIENCY * matmul_rate(seconds=1.0) - evaluation
     steps = max(2, min(config.steps, math.floor(flops / step)))
     if steps < config.steps:
         print(f"{steps} of the recipe's {config.steps} steps fit into {options.seconds:.0f} s on this machine")

@@ -64,7 +64,7 @@ class EndsChunk(Term):
     ids: np.ndarray
 
     def __call__(self, student, teacher, at, parameters):
-        return student.log_share(self.ids)
+        return student.log_share(self.ids, at.known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

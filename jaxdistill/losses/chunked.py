@@ -42,8 +42,8 @@ class Weighted(Protocol):
 
 
 HEAD_AXES: Axes = ("vocab", "embed")
-_OPTIONAL = ("slopes", "masks", "one_to_one")
-"""What may be given of each position besides hidden states, targets and mask."""
+_OPTIONAL = ("masks", "one_to_one", "slopes", "normalizers", "known")
+"""What may be given of each position besides hidden states, targets and mask: the last three on a second walk."""
 BLOCK = 1024
 """Rows of the head whose gradient is added at once are a multiple of this: fewer make products too small to be fast."""
 
@@ -252,7 +252,14 @@ _evaluate.defvjp(_evaluate_forward, _evaluate_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _values(plan: _Plan, learned: Any, given: Any) -> Totals:
-    return _on_mesh(plan, _scan_positions, learned, given)
+    return _values_forward(plan, learned, given)[0]
+
+
+def _values_forward(plan, learned, given):
+    found, normalizers = _on_mesh(plan, _scan_positions, learned, given)
+    masks = dict.fromkeys(plan.terms, given["mask"]) | given.get("masks", {})
+    values = {name: value * masks[name] for name, value in found.items()}
+    return values, (learned, given | {"normalizers": normalizers, "known": found})
 
 
 def _values_backward(plan, saved, slopes):
@@ -261,7 +268,7 @@ def _values_backward(plan, saved, slopes):
     return gradients, None
 
 
-_values.defvjp(lambda plan, learned, given: (_values(plan, learned, given), (learned, given)), _values_backward)
+_values.defvjp(_values_forward, _values_backward)
 
 
 def _on_mesh(plan: _Plan, scan: Callable, learned: Any, given: Any) -> Any:
@@ -298,7 +305,7 @@ def _on_mesh(plan: _Plan, scan: Callable, learned: Any, given: Any) -> Any:
     out_specs = {
         _scan_values: values,
         _scan_gradients: (values, learned_specs),
-        _scan_positions: dict.fromkeys(plan.terms, places.tokens),
+        _scan_positions: (dict.fromkeys(plan.terms, places.tokens), places.tokens),
     }[scan]
     return jax.shard_map(run, mesh=places.mesh, in_specs=(learned_specs, given_specs), out_specs=out_specs)(
         learned, given
@@ -319,17 +326,19 @@ def _scan_values(plan: _Plan, learned: Any, given: Any) -> tuple[Array, Totals]:
     return _over_tokens(plan, sums)
 
 
-def _scan_positions(plan: _Plan, learned: Any, given: Any) -> Totals:
+def _scan_positions(plan: _Plan, learned: Any, given: Any) -> tuple[Totals, Array]:
+    """Values before their masks, and log Σ exp of the student's scores: what the second way need not find again."""
     hidden = learned["hidden"]
     head, fixed = _spread_head(plan, learned["head"], hidden.dtype), _fixed(plan, given)
 
     def body(_, chunk):
         scores = _scores(head, chunk["hidden"], chunk["mask"], plan.places.vocab_axes)
-        return None, _chunk_values(plan, scores, learned["parameters"], chunk, fixed)
+        normalizers = Scores(scores, plan.places.vocab_axes).log_normalizer()
+        return None, (_chunk_values(plan, scores, learned["parameters"], chunk, fixed), normalizers)
 
-    _, values = jax.lax.scan(body, None, _chunks(plan, hidden, given))
+    _, found = jax.lax.scan(body, None, _chunks(plan, hidden, given))
     rows, length = hidden.shape[:2]
-    return jax.tree.map(lambda x: x.reshape(-1)[: rows * length].reshape(rows, length), values)
+    return jax.tree.map(lambda x: x.reshape(-1)[: rows * length].reshape(rows, length), found)
 
 
 def _scan_gradients(plan: _Plan, learned: Any, given: Any) -> tuple[tuple[Array, Totals], Any]:
@@ -383,8 +392,10 @@ def _scan_gradients(plan: _Plan, learned: Any, given: Any) -> tuple[tuple[Array,
 def _chunk_value(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed: Any) -> tuple[Array, Any]:
     """What is differentiated, and the totals. Values have slopes of their own, or all of a term one coefficient."""
     loss = _zero_sums(plan)[0]
-    values = _chunk_values(plan, scores, parameters, chunk, fixed)
-    totals = {name: found.sum() for name, found in values.items()}
+    masks = chunk.get("masks", {})
+    found = _chunk_values(plan, scores, parameters, chunk, fixed)
+    values = {name: value * masks.get(name, chunk["mask"]) for name, value in found.items()}
+    totals = {name: value.sum() for name, value in values.items()}
     for name, term in plan.terms.items():
         if not callable(term.weight) and term.weight == 0:
             continue
@@ -396,7 +407,7 @@ def _chunk_value(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed:
 
 
 def _chunk_values(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed: Any) -> Totals:
-    """Each term's value at each position of the chunk, 0 where it is not supervised. scores: the student's."""
+    """Each term's value at each position of the chunk before its mask, 0 where that is 0. scores: the student's."""
     axes, their_axes = plan.places.vocab_axes, plan.places.teacher_vocab_axes
     mask = chunk["mask"]
     masks, by_mask = chunk.get("masks", {}), {}
@@ -406,14 +417,15 @@ def _chunk_values(plan: _Plan, scores: Array, parameters: Any, chunk: Any, fixed
         theirs = _scores(fixed["teacher_head"], chunk["teacher_hidden"], mask, their_axes)
         teacher = Scores(theirs, their_axes)
     at = Positions(targets=chunk["targets"], step=fixed["step"], one_to_one=chunk.get("one_to_one"))
-    found = {}
+    found, known = {}, chunk.get("known", {})
     for name, term in plan.terms.items():
         own = masks.get(name, mask)
         if id(own) not in by_mask:
-            by_mask[id(own)] = Scores(_supervised_gradient(scores, own), axes)
-        values = term(by_mask[id(own)], teacher, at, parameters.get(name, {}))
+            by_mask[id(own)] = Scores(_supervised_gradient(scores, own), axes, chunk.get("normalizers"))
+        here = dataclasses.replace(at, known=known.get(name))
+        values = term(by_mask[id(own)], teacher, here, parameters.get(name, {}))
         _check_values(name, values, own, (*axes, *their_axes))
-        found[name] = jnp.where(own != 0, values.astype(jnp.float32) * own, 0.0)
+        found[name] = jnp.where(own != 0, values.astype(jnp.float32), 0.0)
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,24 +25,29 @@ class Scores:
     """Unnormalised log-probabilities (float32) of some positions.
 
     local: [position, vocab_shard], this device's part of the vocabulary. axes: the mesh axes that the vocabulary is
-    split over; () when `local` is all of it.
+    split over; () when `local` is all of it. known: log Σ exp(score), where an earlier walk has found it.
     """
 
     local: Float[Array, "position vocab_shard"]
     axes: tuple[str, ...] = ()
+    known: Float[Array, "position"] | None = None
 
     def at_temperature(self, temperature: float | Array) -> Scores:
         """These scores divided by a temperature."""
-        return dataclasses.replace(self, local=self.local / temperature)
+        return Scores(self.local / temperature, self.axes)
 
     def log_normalizer(self) -> Float[Array, "position"]:
         """log Σ exp(score)."""
-        return _log_normalizer(self.local, self.axes)
+        return _log_normalizer(self.local, self.known, self.axes)
 
-    def log_share(self, chosen: Bool[Array, "vocab"] | np.ndarray) -> Float[Array, "position"]:
+    def log_share(
+        self, chosen: Bool[Array, "vocab"] | np.ndarray, known: Float[Array, "position"] | None = None
+    ) -> Float[Array, "position"]:
         """log Σ probability of the chosen ids, bool [vocab]; ids beyond its end are not chosen. Smaller shares than
-        `SMALLEST_SHARE` are that, and without gradient: float32 could not tell them from 0."""
-        return _log_share(self.local, self.part(chosen), self.axes)
+        `SMALLEST_SHARE` are that, and without gradient: float32 could not tell them from 0. known: the result, where
+        an earlier walk has found it."""
+        normalizer = jax.lax.stop_gradient(self.log_normalizer())
+        return _log_share(self.local, self.part(chosen), normalizer, known, self.axes)
 
     def log_probs(self) -> Float[Array, "position vocab_shard"]:
         """Log-probabilities of this shard's ids."""
@@ -127,21 +131,25 @@ def _peak(local: Float[Array, "position vocab_shard"], axes: tuple[str, ...]) ->
     return jnp.where(jnp.isfinite(peak), peak, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _log_normalizer(local: Float[Array, "position vocab_shard"], axes: tuple[str, ...]) -> Float[Array, "position"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _log_normalizer(
+    local: Float[Array, "position vocab_shard"], known: Float[Array, "position"] | None, axes: tuple[str, ...]
+) -> Float[Array, "position"]:
+    if known is not None:
+        return known
     peak = _peak(local, axes)
     return peak + jnp.log(_psum(jnp.exp(local - peak[:, None]).sum(-1), axes))
 
 
-def _log_normalizer_forward(local, axes):
-    value = _log_normalizer(local, axes)
+def _log_normalizer_forward(local, known, axes):
+    value = _log_normalizer(local, known, axes)
     return value, (local, value)
 
 
 def _log_normalizer_backward(axes, saved, cotangent):
     # The gradient of log Σ exp is the softmax: local to each shard once the normalizer is known.
     local, value = saved
-    return (cotangent[:, None] * jnp.exp(local - value[:, None]),)
+    return cotangent[:, None] * jnp.exp(local - value[:, None]), None
 
 
 _log_normalizer.defvjp(_log_normalizer_forward, _log_normalizer_backward)
@@ -151,26 +159,31 @@ _log_normalizer.defvjp(_log_normalizer_forward, _log_normalizer_backward)
 # them once.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _log_share(
-    local: Float[Array, "position vocab_shard"], chosen: Bool[Array, "vocab_shard"], axes: tuple[str, ...]
+    local: Float[Array, "position vocab_shard"],
+    chosen: Bool[Array, "vocab_shard"],
+    normalizer: Float[Array, "position"],
+    known: Float[Array, "position"] | None,
+    axes: tuple[str, ...],
 ) -> Float[Array, "position"]:
+    if known is not None:
+        return known
     peak = _peak(local, axes)
     some = _psum(jnp.where(chosen, jnp.exp(local - peak[:, None]), 0.0).sum(-1), axes)
-    normalizer: Any = _log_normalizer(local, axes)
     return jnp.maximum(jnp.log(some) + peak - normalizer, math.log(SMALLEST_SHARE))
 
 
-def _log_share_forward(local, chosen, axes):
-    value = _log_share(local, chosen, axes)
-    return value, (local, chosen, _log_normalizer(local, axes), value)
+def _log_share_forward(local, chosen, normalizer, known, axes):
+    value = _log_share(local, chosen, normalizer, known, axes)
+    return value, (local, chosen, normalizer, value)
 
 
 def _log_share_backward(axes, saved, cotangent):
     local, chosen, normalizer, value = saved
     kept = jnp.where(value > math.log(SMALLEST_SHARE), cotangent, 0.0)
     factor = jnp.where(chosen, jnp.exp(-value)[:, None] - 1, -1.0)
-    return kept[:, None] * factor * jnp.exp(local - normalizer[:, None]), None
+    return kept[:, None] * factor * jnp.exp(local - normalizer[:, None]), None, None, None
 
 
 _log_share.defvjp(_log_share_forward, _log_share_backward)

@@ -34,6 +34,8 @@ class Positions:
     """The train step, for hyper-parameters that are schedules (`types.at_step`)."""
     one_to_one: Bool[Array, "position"] | None = None
     """Where the teacher has another tokenizer: whether both sides' targets spell the same bytes (`losses.pairs`)."""
+    known: Float[Array, "position"] | None = None
+    """The term's own values, where an earlier walk has found them and this one is for the gradient."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

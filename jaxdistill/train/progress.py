@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import math
+import statistics
 import sys
 import tempfile
 import time
@@ -272,8 +273,9 @@ def duration(seconds: float) -> str:
 
 
 @functools.cache
-def matmul_rate(dtype: Any = jnp.float32, *, repeats: int = 5) -> float:
-    """FLOP/s of a large square product on one device, the best of a few: the floor that progress is compared with."""
+def matmul_rate(dtype: Any = jnp.float32, *, seconds: float = 0.3) -> float:
+    """FLOP/s of large square products on one device, the median over so many seconds: the floor that progress is
+    compared with. (The best of a few can be twice what a machine keeps up.)"""
     device = jax.local_devices()[0]
     # Large enough that an accelerator's launch time does not count, small enough for a laptop.
     size = 2048 if device.platform == "cpu" else 8192
@@ -281,8 +283,9 @@ def matmul_rate(dtype: Any = jnp.float32, *, repeats: int = 5) -> float:
     product = jax.jit(jnp.dot)
     jax.block_until_ready(product(x, x))
     times = []
-    for _ in range(repeats):
+    began = time.perf_counter()
+    while not times or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         jax.block_until_ready(product(x, x))
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+    return 2 * size**3 / statistics.median(times)
