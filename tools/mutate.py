@@ -185,8 +185,8 @@ def try_quick_then_slow(copies: Sequence[Path], mutations: Sequence[Mutation]) -
         if found is None:
             return None
         for outcome in found:
-            # Where a fault has no slow tests, what the quick ones said stands.
-            if outcome.mutation.name not in outcomes or not outcome.result.startswith(NOT_RUN):
+            quick = outcomes.get(outcome.mutation.name)
+            if quick is None or quick.result.startswith(NOT_RUN) or outcome.result == CAUGHT:
                 outcomes[outcome.mutation.name] = outcome
         left = [m for m in mutations if outcomes[m.name].result != CAUGHT]
     return [outcomes[m.name] for m in mutations]

@@ -165,7 +165,7 @@ class MinED(PairTerm):
             )
         ids = student.part(self.ids + 1) - 1  # so that ids beyond its end have none
         # Finite, since 0 times infinity is not 0.
-        return dataclasses.replace(student, local=jnp.where(ids < 0, -1e30, jnp.take(whole, ids, axis=1)))
+        return Scores(jnp.where(ids < 0, -1e30, jnp.take(whole, ids, axis=1)), student.axes)
 
 
 def _check_temperature(name: str, temperature: Scalar) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ class Scores:
     """Unnormalised log-probabilities (float32) of some positions.
 
     local: [position, vocab_shard], this device's part of the vocabulary. axes: the mesh axes that the vocabulary is
-    split over; () when `local` is all of it. known: log Σ exp(score), where an earlier walk has found it.
+    split over; () when `local` is all of it. known: log Σ exp(score), where an earlier walk has found it; other scores
+    made of these are `Scores` without it.
     """
 
     local: Float[Array, "position vocab_shard"]
@@ -46,8 +48,7 @@ class Scores:
         """log Σ probability of the chosen ids, bool [vocab]; ids beyond its end are not chosen. Smaller shares than
         `SMALLEST_SHARE` are that, and without gradient: float32 could not tell them from 0. known: the result, where
         an earlier walk has found it."""
-        normalizer = jax.lax.stop_gradient(self.log_normalizer())
-        return _log_share(self.local, self.part(chosen), normalizer, known, self.axes)
+        return _log_share(self.local, self.part(chosen), self.known, known, self.axes)
 
     def log_probs(self) -> Float[Array, "position vocab_shard"]:
         """Log-probabilities of this shard's ids."""
@@ -163,7 +164,7 @@ _log_normalizer.defvjp(_log_normalizer_forward, _log_normalizer_backward)
 def _log_share(
     local: Float[Array, "position vocab_shard"],
     chosen: Bool[Array, "vocab_shard"],
-    normalizer: Float[Array, "position"],
+    known_normalizer: Float[Array, "position"] | None,
     known: Float[Array, "position"] | None,
     axes: tuple[str, ...],
 ) -> Float[Array, "position"]:
@@ -171,12 +172,13 @@ def _log_share(
         return known
     peak = _peak(local, axes)
     some = _psum(jnp.where(chosen, jnp.exp(local - peak[:, None]), 0.0).sum(-1), axes)
+    normalizer: Any = _log_normalizer(local, known_normalizer, axes)
     return jnp.maximum(jnp.log(some) + peak - normalizer, math.log(SMALLEST_SHARE))
 
 
-def _log_share_forward(local, chosen, normalizer, known, axes):
-    value = _log_share(local, chosen, normalizer, known, axes)
-    return value, (local, chosen, normalizer, value)
+def _log_share_forward(local, chosen, known_normalizer, known, axes):
+    value = _log_share(local, chosen, known_normalizer, known, axes)
+    return value, (local, chosen, _log_normalizer(local, known_normalizer, axes), value)
 
 
 def _log_share_backward(axes, saved, cotangent):

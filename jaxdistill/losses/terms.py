@@ -35,7 +35,8 @@ class Positions:
     one_to_one: Bool[Array, "position"] | None = None
     """Where the teacher has another tokenizer: whether both sides' targets spell the same bytes (`losses.pairs`)."""
     known: Float[Array, "position"] | None = None
-    """The term's own values, where an earlier walk has found them and this one is for the gradient."""
+    """What the term itself returned here, where an earlier walk has asked it and this one is for the gradient. A term
+    that changes what another one returns hands on None."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

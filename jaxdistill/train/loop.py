@@ -50,6 +50,7 @@ from jaxdistill.train.stop import stop_requests
 from jaxdistill.types import Mean, Params, TrainState
 
 PLAN_NAME = "plan.json"
+_matmul_rate = functools.cache(progress.matmul_rate)
 
 
 class TrainingStopped(RuntimeError):
@@ -305,7 +306,7 @@ class _Run:
 
     def _floor_seconds(self) -> float:
         """What the products of a step take at the rate that was measured on this machine."""
-        rate = progress.matmul_rate(self.config.student.execution.activation_dtype)
+        rate = _matmul_rate(self.config.student.execution.activation_dtype)
         devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
         return self.programs.flops_per_step / (rate * devices)
 

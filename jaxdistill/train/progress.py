@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import logging
@@ -272,7 +271,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-@functools.cache
 def matmul_rate(dtype: Any = jnp.float32, *, seconds: float = 0.3) -> float:
     """FLOP/s of large square products on one device, the median over so many seconds: the floor that progress is
     compared with. (The best of a few can be twice what a machine keeps up.)"""

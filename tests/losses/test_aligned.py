@@ -201,13 +201,15 @@ def test_values_are_differentiable_one_by_one():
 
     def given(x):
         student = Outputs(x["hidden"], Head(x["kernel"]))
-        values = term_values({"kl": ForwardKL()}, student, teacher, targets=batch.targets, loss_mask=mask, chunk=10)
-        return (values["kl"] * slopes).sum()
+        terms = {"kl": ForwardKL(), "share": EndsChunk(ids=ENDS["alm"].student)}
+        values = term_values(terms, student, teacher, targets=batch.targets, loss_mask=mask, chunk=10)
+        return ((values["kl"] + values["share"]) * slopes).sum()
 
     def expected(x):
         log_p = jax.nn.log_softmax(teacher.hidden @ teacher.head.kernel.T)
         log_q = jax.nn.log_softmax(x["hidden"] @ x["kernel"].T)
-        return ((jnp.exp(log_p) * (log_p - log_q)).sum(-1) * mask * slopes).sum()
+        share = jax.nn.logsumexp(jnp.where(ENDS["alm"].student, log_q[..., : len(ENDS["alm"].student)], -jnp.inf), -1)
+        return (((jnp.exp(log_p) * (log_p - log_q)).sum(-1) + share) * mask * slopes).sum()
 
     (value, gradients), (right, right_gradients) = (jax.value_and_grad(f)(learned) for f in (given, expected))
     np.testing.assert_allclose(value, right, rtol=1e-5)

@@ -70,9 +70,7 @@ class Bench:
     batch_size: int
     held_out: Path | None = None
     windows: int = 32
-    """Rows of held-out text on which `train` measures before the first step, after each quarter of them where
-    `quarters` says so, and after the last."""
-    quarters: bool = False
+    """Rows of held-out text on which `train` measures before the first step, and after each quarter of the steps."""
     tuned_by: str = "cross_entropy_nats"
     """The number at a run's end that learning rates are chosen by."""
     settings: str = ""
@@ -105,7 +103,7 @@ class Bench:
             "steps": steps,
             "held_out": HeldOutConfig(
                 path=None if self.held_out is None else str(self.held_out),
-                every=steps // 4 if self.quarters else 1 << 20,
+                every=max(1, steps // 4),
                 windows=self.windows,
             ),
             "checkpoints": CheckpointConfig(every=max(60, steps // 4)),
@@ -125,7 +123,7 @@ class Bench:
         measure: Callable[[Path], dict[str, float]] | None = None,
         **changes: Any,
     ) -> Row:
-        """A run of `train`: held-out numbers before the first and after the last step, and the loss on the way.
+        """A run of `train`: held-out numbers before the first and after the last step; them and the loss on the way.
 
         measure: what else is found of the student that was written. The run's directory goes when its row is safe.
         """
