@@ -378,7 +378,7 @@ def draw(results: Path, pictures: Path) -> None:
             right = figure.add_subplot(grid[0, 1], sharey=left)
             for axes, (number, label) in zip((left, right), NUMBERS.items(), strict=True):
                 draw_ways(axes, ways, number, label)
-            right.set_title("")
+            right.set_title("", loc="left")
             right.tick_params(labelleft=False)
             draw_along(figure.add_subplot(grid[1, :]), ways)
             figure.savefig(pictures / f"alm-{part}.png", dpi=130)
