@@ -3,7 +3,7 @@
     jaxdistill train configs/retokenize_bytes.py --teacher.path DIR --data.path FILE --out RUN
 
 As configs/retokenize.py, with 256 bytes and a few special tokens instead of a vocabulary. A byte is far from a token,
-so the last layer's states at the ends of chunks are matched as well (channelwise, as the authors of 2503.20083
+so the states that the head reads are matched as well at the ends of chunks (channelwise, as the authors of 2503.20083
 recommend for bytes), and all of the student is trained. Rows of 2,048 bytes stand beside 576 of the teacher's tokens:
 English has about four bytes a token. The student needs about four times the arithmetic for the same text.
 
@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(length=2048, teacher_length=576, batch_size=16),
         losses={
             "alm": ALM(),
-            "states": HiddenMatch(layers=((-1, -1),), distance="channelwise"),
+            "states": HiddenMatch(point="final_normed", distance="channelwise"),
             "cross_entropy": CrossEntropy(),
         },
         weighting="gradient_magnitude",

@@ -26,10 +26,11 @@ AnyTerm = Term | HiddenMatch | ALM | DSKD | RouterBalance | RouterZ
 Weighting = Literal["fixed", "gradient_magnitude"]
 """How terms are added up. "fixed": each times its weight. "gradient_magnitude": each times its weight ÷ the norm of its
 gradient by what the student's layers return (the last hidden states, and those that a term reads), so that terms of
-very different sizes move the student equally; divided by the sum of these factors without the weights. So the smallest
-gradient among the terms sets the size of the whole; one that rounding alone makes is left out. The norms are those of
-the whole batch at the same step. Each costs a pass through the head for the term's values and one for its gradient;
-with micro-batches two more forward passes of both models.
+very different sizes move the student equally; divided by the sum of these factors without the weights. A gradient is
+taken by the relative change of a state, times its root mean square: layers hold states of very different sizes. The
+smallest gradient among the terms sets the size of the whole; one that rounding alone makes is left out. The norms are
+those of the whole batch at the same step. Each costs a pass through the head for the term's values and one for its
+gradient; with micro-batches two more forward passes of both models.
 
 After the authors' code of Approximate Likelihood Matching (2503.20083), which takes norms by the parameters of the last
 layer: those are no sums over positions, so they would depend on how a batch is cut."""
@@ -96,7 +97,7 @@ class Objective:
         for name, term in self.terms.items():
             if isinstance(term, HiddenMatch):
                 assert signal is not None, "make_train_step refuses these terms without a teacher"
-                own, theirs, mask = outputs.taps[name], signal.taps[name], batch.loss_mask
+                own, theirs, mask = term.states(name, outputs), term.states(name, signal), batch.loss_mask
                 if isinstance(batch, PairedBatch):
                     own, theirs, mask = at_chunk_ends(batch, own, theirs)
                 means[name] = term(own, theirs, mask, parameters.get(name, {}))
@@ -193,19 +194,20 @@ class Objective:
     def squared_gradients(
         self, seen: Seen, batch: Batch, parameters: Params, known: Known, factors: Mapping[str, Array]
     ) -> dict[str, Float[Array, ""]]:
-        """The squared norm of each term's gradient by what the student's layers return; a sum over positions, and a
-        constant."""
+        """The squared norm of each term's gradient by relative changes of what the student's layers return; a sum over
+        positions, and a constant."""
         seen, parameters = jax.lax.stop_gradient((seen, parameters))
+        states = {"hidden": seen.outputs.hidden, "taps": seen.outputs.taps}
 
         def value(read: Any, name: str) -> Array:
-            outputs = dataclasses.replace(seen.outputs, hidden=read["hidden"], taps=read["taps"])
+            outputs = dataclasses.replace(seen.outputs, **read)
             alone = dataclasses.replace(self, terms={name: self.terms[name]}, corrected={})
             _, means = alone.means(Seen(outputs, seen.taught), batch, parameters, known)
             return (factors[name] * means[name].total).sum()
 
         def square(name: str) -> Array:
-            slopes = jax.grad(value)({"hidden": seen.outputs.hidden, "taps": seen.outputs.taps}, name)
-            return sum((jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(slopes)), jnp.float32(0))
+            found = jax.tree.map(_relative_squares, jax.grad(value)(states, name), states)
+            return jnp.stack(jax.tree.leaves(found)).sum()
 
         return {name: square(name) for name in factors}
 
@@ -238,6 +240,12 @@ class Objective:
 
 def _rows(batch: Batch) -> dict[str, Array]:
     return {"targets": batch.targets, "loss_mask": batch.loss_mask}
+
+
+def _relative_squares(slopes: Float[Array, "... embed"], states: Float[Array, "... embed"]) -> Float[Array, ""]:
+    """The sum over positions of a gradient's square times the mean square of the state."""
+    slopes, states = slopes.astype(jnp.float32), states.astype(jnp.float32)
+    return (jnp.square(slopes).sum(-1) * jnp.square(states).mean(-1)).sum()
 
 
 def _share(mean: Mean) -> Array:

@@ -21,6 +21,7 @@ from jaxdistill.losses.pairs import ULD, MinED
 from jaxdistill.losses.terms import CrossEntropy, ForwardKL, Term
 from jaxdistill.models.decoder import apply
 from jaxdistill.models.schema import param_shardings
+from jaxdistill.objective import Objective, Seen
 from jaxdistill.optimizer import Optax, side_by_side
 from jaxdistill.sharding import put_batch
 from jaxdistill.step import init_state, make_eval_step, make_train_step, state_shardings
@@ -32,6 +33,7 @@ TERMS = {
     "alm": ALM(temperature=5.0, merge_threshold=0.03),
     "hidden": HiddenMatch(layers=((1, 2), (0, 0)), distance="channelwise", weight=0.1),
     "states": HiddenMatch(layers=((1, 1),), balance="alm", weight=0.5),
+    "final": HiddenMatch(point="final_normed", distance="channelwise", weight=0.2),
     "cross_entropy": CrossEntropy(weight=0.3),
 }
 BASELINES = {
@@ -126,10 +128,11 @@ def test_the_loss_is_the_weighted_sum_of_the_terms():
     losses, change, metrics = REFERENCE()
     values = {name: float(mean.value) for name, mean in metrics["terms"].items()}
     # The balanced term counts as much as its weight says of the term that it is balanced with.
-    expected = values["alm"] * (1 + 0.5) + 0.1 * values["hidden"] + 0.3 * values["cross_entropy"]
+    expected = values["alm"] * (1 + 0.5) + 0.1 * values["hidden"] + 0.2 * values["final"]
+    expected += 0.3 * values["cross_entropy"]
     np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
     assert losses[-1] < losses[0]
-    assert np.abs(change["objective"]["hidden"]["projection"]).max() > 0
+    assert all(np.abs(change["objective"][name]["projection"]).max() > 0 for name in ("hidden", "final"))
 
 
 @pytest.mark.slow
@@ -149,39 +152,42 @@ def test_a_corrected_teacher_learns_from_its_own_rows():
     )
 
 
-WEIGHED = {name: TERMS[name] for name in ("alm", "hidden", "cross_entropy")}
+BY_SIZE = "gradient_magnitude"
+WEIGHED = {name: TERMS[name] for name in ("alm", "hidden", "final", "cross_entropy")}
 
 
 @functools.cache
 def weighed(layout: str = "one device", accumulate: int = 1):
-    return run(layout, accumulate=accumulate, steps=3, terms=WEIGHED, weighting="gradient_magnitude")
+    return run(layout, accumulate=accumulate, steps=3, terms=WEIGHED, weighting=BY_SIZE)
 
 
 @pytest.mark.slow
 def test_gradients_have_the_sizes_that_weights_say():
-    """Against the gradients of each term alone, and the norms of its gradients by what the student returns."""
+    """Against the gradients of each term alone, and their norms by relative changes of what the student returns."""
     batch, taps = paired_batch(0, teacher_vocab=40), hidden_taps(WEIGHED, "student")
     outputs = apply(STUDENT, tiny_params(STUDENT, 0), batch, taps=taps)
     teacher = apply(
         TEACHER, tiny_params(TEACHER, 1, head_scale=3.0), batch.teacher, taps=hidden_taps(WEIGHED, "teacher")
     )
-    projection = WEIGHED["hidden"].parameters(
-        jax.random.fold_in(jax.random.key(0), 1), student_embed=16, teacher_embed=24
-    )
+    given = {"hidden": outputs.hidden, "taps": outputs.taps}
+    theirs = {"hidden": teacher.taps["hidden"], "final": teacher.hidden[None]}
 
-    def value(name, read):
-        if name == "hidden":
-            *states, mask = at_chunk_ends(batch, read["taps"]["hidden"], teacher.taps["hidden"])
-            mean = WEIGHED[name](*states, mask, projection)
+    def value(name, place, read):
+        own = {"hidden": read["taps"]["hidden"], "final": read["hidden"][None]}
+        if name in own:
+            key = jax.random.fold_in(jax.random.key(0), place)
+            *states, mask = at_chunk_ends(batch, own[name], theirs[name])
+            mean = WEIGHED[name](*states, mask, WEIGHED[name].parameters(key, student_embed=16, teacher_embed=24))
             return (mean.total / mean.count).mean()
         student = dataclasses.replace(outputs, hidden=read["hidden"])
         terms = {name: WEIGHED[name]}
         return aligned_means(terms, student, teacher, batch, ends=ENDS, parameters={}, step=0, chunk=8)[name].value
 
     inverse, alone = {}, {}
-    for name in WEIGHED:
-        gradient = jax.grad(functools.partial(value, name))({"hidden": outputs.hidden, "taps": outputs.taps})
-        inverse[name] = 1 / np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
+    for place, name in enumerate(WEIGHED):
+        gradient = jax.grad(functools.partial(value, name, place))(given)
+        relative = jax.tree.map(lambda g, state: g * np.sqrt((state**2).mean(-1, keepdims=True)), gradient, given)
+        inverse[name] = 1 / np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(relative)))
         # The key of a projection is drawn by the place of its term.
         terms = {other: dataclasses.replace(each, weight=float(other == name)) for other, each in WEIGHED.items()}
         alone[name] = run("one device", steps=1, terms=terms)[1]
@@ -196,6 +202,35 @@ def test_gradients_weigh_the_same_on_every_mesh_and_in_micro_batches(layout, acc
     losses, change, _ = weighed(layout, accumulate)
     np.testing.assert_allclose(losses, weighed()[0], rtol=1e-5)
     assert_changes_close(change, weighed()[1])
+
+
+def test_the_size_of_a_models_states_does_not_weigh():
+    """Models whose layers hand on states ten times as large, and which predict the same."""
+    terms = {
+        "kl": ForwardKL(),
+        "embedding": HiddenMatch(layers=((0, 0),), point="input"),
+        "blocks": HiddenMatch(layers=((0, 1), (1, 0)), distance="channelwise"),
+    }
+    shape, batch = dataclasses.replace(STUDENT, tied=False, norm_epsilon=1e-12), packed_batch()
+
+    def states(seed, size):
+        given = tiny_params(shape, seed)
+        layers = given["segments"]["0"]
+        for part in (given["embedding"], layers["ffn"]["down"], layers["mixer"]["output"]):
+            part["kernel"] *= size
+        return apply(shape, given, batch, taps=hidden_taps(terms, "student"))
+
+    def factors(size):
+        seen, objective = Seen(states(0, size), states(1, size)), Objective(terms=terms, chunk=16, weighting=BY_SIZE)
+        known = objective.known(batch, 0)
+        means = objective.means(seen, batch, {}, known)[1]
+        squares = functools.partial(objective.squared_gradients, seen, batch, {}, known)
+        found = objective.factors(means, batch, known, squares)
+        return {name: float((factor * means[name].total).sum()) for name, factor in found.items()}
+
+    small, large = factors(1.0), factors(10.0)
+    assert small == pytest.approx(large, rel=1e-4)
+    assert min(small.values()) > 0.01 * max(small.values())
 
 
 def test_evaluation_gives_the_same_means():
@@ -273,7 +308,7 @@ class Huge(Term):
 def test_a_term_without_weight_at_a_step_changes_nothing():
     def change(**more):
         terms = {"cross_entropy": CrossEntropy(), **more}
-        return run("one device", steps=1, terms=terms, weighting="gradient_magnitude")[1]
+        return run("one device", steps=1, terms=terms, weighting=BY_SIZE)[1]
 
     alone = change()
     assert np.abs(alone["student"]["embedding"]["kernel"]).max() > 0
@@ -287,7 +322,7 @@ def test_ends_that_are_missing_are_named():
 
 
 def test_terms_that_need_a_teacher_are_refused_without_one():
-    with pytest.raises(ValueError, match=r"\['alm', 'hidden', 'states'\] compare the student with a teacher"):
+    with pytest.raises(ValueError, match=r"\['alm', 'final', 'hidden', 'states'\] compare the student with a teacher"):
         make_train_step(functools.partial(apply, STUDENT), None, TERMS, Optax(optax.sgd(1.0)).build(1), chunk=8)
 
 

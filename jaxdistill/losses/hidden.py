@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdistill.choices import check_choices
-from jaxdistill.types import Mean, Scalar, Tap
+from jaxdistill.types import Mean, Outputs, Scalar, Tap
 
 Distance = Literal["cosine", "mse", "normalized_mse", "channelwise"]
 """Between two vectors: 1 - cosine; the mean squared difference; the squared difference ÷ the teacher's square.
@@ -19,7 +19,7 @@ Distance = Literal["cosine", "mse", "normalized_mse", "channelwise"]
 
 TINY = 1e-12
 
-Point = Literal["input", "mixer_normed", "ffn_normed", "output"]
+Point = Literal["input", "mixer_normed", "ffn_normed", "output", "final_normed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class HiddenMatch:
 
     layers: pairs (student's layer, teacher's layer); negative ones count from the end. None pairs every layer of the
     student with the one that it was made from. point: what of a layer is compared (`models.decoder.TAP_POINTS`); layer
-    0's "input" is the embedding. Where the widths differ, the student's states go through one linear map for all pairs
-    that is learned with the student (`parameters`).
+    0's "input" is the embedding. "final_normed" is what the heads read, after the final norm, and belongs to no layer.
+    Where the widths differ, the student's states go through one linear map for all pairs that is learned with the
+    student (`parameters`).
 
     balance: the name of another term. This one is then scaled, without gradient, to be as large as that one at every
     step, and `weight` multiplies the result: L = L_logits + weight · L_hidden · sg(L_logits / L_hidden). Exact for the
@@ -40,8 +41,8 @@ class HiddenMatch:
     same text.
 
     Compact Language Models via Pruning and Knowledge Distillation (2407.14679): cosine, through one shared
-    map, balanced; worth its cost where many layers were cut. Approximate Likelihood Matching (2503.20083): the last
-    layer, channelwise, for students on bytes.
+    map, balanced; worth its cost where many layers were cut. Approximate Likelihood Matching (2503.20083): after the
+    final norm, channelwise, for students on bytes.
     """
 
     layers: tuple[tuple[int, int], ...] | None = None
@@ -51,12 +52,19 @@ class HiddenMatch:
     balance: str | None = None
 
     def __post_init__(self):
+        check_choices(self)
         if self.layers is not None:
             _check_pairs(self.layers)
-        check_choices(self)
+            if self.point == "final_normed":
+                raise ValueError(
+                    f"HiddenMatch.layers is {self.layers} and point 'final_normed', which no layer has; leave `layers` "
+                    'out, or give point="output" for what layers hand on.'
+                )
 
     def resolved(self, *, student_depth: int, teacher_depth: int, kept: Sequence[int] | None) -> HiddenMatch:
         """This term with pairs of indices from 0. kept: the teacher's layers that the student was made of."""
+        if self.point == "final_normed":
+            return self
         origin = range(student_depth) if kept is None and student_depth == teacher_depth else kept
         if self.layers is None and (origin is None or len(origin) != student_depth):
             raise ValueError(
@@ -80,12 +88,19 @@ class HiddenMatch:
             return {}
         return {"projection": jax.random.normal(key, (student_embed, teacher_embed)) * student_embed**-0.5}
 
-    def tap(self, side: Literal["student", "teacher"]) -> Tap:
+    def tap(self, side: Literal["student", "teacher"]) -> Tap | None:
         """What a model's forward pass has to return for a resolved term, under the term's name."""
+        point = self.point
+        if point == "final_normed":
+            return None
         if self.layers is None or any(layer < 0 for pair in self.layers for layer in pair):
             raise ValueError(f"HiddenMatch.layers is {self.layers}; call `resolved` first, which knows both depths.")
         layers = tuple(sorted({pair[0 if side == "student" else 1] for pair in self.layers}))
-        return Tap(points=(self.point,), reduce=lambda values, mask: values[self.point], layers=layers)
+        return Tap(points=(point,), reduce=lambda values, mask: values[point], layers=layers)
+
+    def states(self, name: str, outputs: Outputs) -> Float[Array, "layer batch length embed"]:
+        """What the term called name compares of a model's outputs."""
+        return outputs.hidden[None] if self.point == "final_normed" else outputs.taps[name]
 
     def __call__(
         self,
@@ -94,12 +109,13 @@ class HiddenMatch:
         mask: Float[Array, "batch length"],
         parameters: Mapping[str, Array],
     ) -> Mean:
-        """The mean over positions where mask is not 0, of a resolved term; student and teacher as tapped.
+        """The mean over positions where mask is not 0, of a resolved term; student and teacher as `states` has them.
 
         "channelwise" gives a total and a count for each pair and channel, whose quotients are to be averaged.
         """
         totals, counts = [], []
-        student_layers, teacher_layers = ([*layers] for layers in zip(*(self.layers or ()), strict=True))
+        pairs = ((0, 0),) if self.point == "final_normed" else self.layers or ()
+        student_layers, teacher_layers = ([*layers] for layers in zip(*pairs, strict=True))
         student_order, teacher_order = sorted({*student_layers}), sorted({*teacher_layers})
         for s, t in zip(student_layers, teacher_layers, strict=True):
             # Masked before anything is divided: whatever stands at padding must not reach a gradient.

@@ -10,6 +10,7 @@ import pytest
 from jaxdistill.losses.hidden import HiddenMatch, hidden_taps
 from jaxdistill.losses.terms import ForwardKL
 from jaxdistill.train.config import TrainConfig
+from jaxdistill.types import Outputs
 
 RNG = np.random.default_rng(0)
 MASK = np.array([[1.0, 1, 1, 0], [1, 0, 0, 0]], np.float32)
@@ -124,6 +125,18 @@ def test_unknown_kinds_are_refused(field, given):
 def test_only_resolved_pairs_are_tapped(layers):
     with pytest.raises(ValueError, match="call `resolved` first"):
         HiddenMatch(layers=layers).tap("student")
+
+
+def test_states_after_the_final_norm_have_no_layer():
+    term = HiddenMatch(point="final_normed", distance="mse")
+    assert term.resolved(student_depth=2, teacher_depth=4, kept=None) == term
+    assert hidden_taps({"states": term}, "student") == {}
+    hidden = jnp.asarray(STUDENT[0], jnp.float32)
+    states = term.states("states", Outputs(hidden, head=None, taps={}))
+    value = term(states, hidden[None] + 2.0, jnp.asarray(MASK), {}).value
+    assert float(value) == pytest.approx(4.0)
+    with pytest.raises(ValueError, match=r"layers is \(\(-1, -1\),\) and point 'final_normed', which no layer has"):
+        HiddenMatch(layers=((-1, -1),), point="final_normed")
 
 
 def test_equal_widths_learn_no_map():

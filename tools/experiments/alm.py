@@ -71,7 +71,7 @@ BEFORE, PLAIN = "before training", ", without the old embedding"
 """Of ways: a student as it begins, and one of bytes that does not read the old embedding."""
 SEEDS_OF: dict[Part, tuple[int, ...]] = {"llama2": SEEDS[:1], "bytes": SEEDS[:1]}
 """Of parts that are too dear for all seeds."""
-STATES = HiddenMatch(layers=((-1, -1),), distance="channelwise")
+STATES = HiddenMatch(point="final_normed", distance="channelwise")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
