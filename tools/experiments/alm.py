@@ -108,6 +108,7 @@ def transfer(out: Path, results: Path, part: Part) -> None:
     for is cut on both, which takes less than a hundredth."""
     in_bytes = part == "bytes"
     length, teacher_length, steps = (1024, 288, 16) if in_bytes else (256, 288, 30)
+    rates = (5e-4, 2e-3) if in_bytes else (2e-4, 5e-4)
     bench = bench_of(part, out, results, length=length, batch_size=4, steps=steps)
     student = StudentConfig(tokenizer=tokenizer_of(part), suffixes=in_bytes, lora=Lora(), trainable=("embedding.*",))
     matched = with_states(MATCHED) if in_bytes else MATCHED
@@ -137,7 +138,7 @@ def transfer(out: Path, results: Path, part: Part) -> None:
         bench.result(BEFORE + end, before, seed=0)
     for way in methods:
         given = functools.partial(changes, way)
-        bench.tuned(way, (5e-4, 2e-3), steps, given, seeds=SEEDS_OF.get(part, SEEDS), measure=yardstick.student)
+        bench.tuned(way, rates, steps, given, seeds=SEEDS_OF.get(part, SEEDS), measure=yardstick.student)
 
 
 def with_states(method: dict[str, Any]) -> dict[str, Any]:
