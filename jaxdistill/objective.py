@@ -26,11 +26,11 @@ AnyTerm = Term | HiddenMatch | ALM | DSKD | RouterBalance | RouterZ
 Weighting = Literal["fixed", "gradient_magnitude"]
 """How terms are added up. "fixed": each times its weight. "gradient_magnitude": each times its weight ÷ the norm of its
 gradient by what the student's layers return (the last hidden states, and those that a term reads), so that terms of
-very different sizes move the student equally; divided by the sum of these factors without the weights. A gradient is
-taken by the relative change of a state, times its root mean square: layers hold states of very different sizes. The
-smallest gradient among the terms sets the size of the whole; one that rounding alone makes is left out. The norms are
-those of the whole batch at the same step. Each costs a pass through the head for the term's values and one for its
-gradient; with micro-batches two more forward passes of both models.
+very different sizes move the student equally; divided by the sum of these factors without the weights. Gradients are
+taken by relative changes of a state (the gradient times the state's root mean square at its position), because layers
+hold states of very different sizes. The smallest gradient among the terms sets the size of the whole; one that rounding
+alone makes is left out. The norms are those of the whole batch at the same step. Each costs a pass through the head for
+the term's values and one for its gradient; with micro-batches two more forward passes of both models.
 
 After the authors' code of Approximate Likelihood Matching (2503.20083), which takes norms by the parameters of the last
 layer: those are no sums over positions, so they would depend on how a batch is cut."""
@@ -215,10 +215,10 @@ class Objective:
         """The factors by which every term's gradient has the size that its weight says."""
         weights = {name: jnp.float32(at_step(self.terms[name].weight, known.step)) for name in factors}
         # A term without weight at this step says nothing, and one without gradient has none to be made larger. One that
-        # is least but for rounding has no direction either.
+        # is least but for rounding has no direction either. What is no number stays, so that the step is skipped.
         sizes = [jnp.where(weights[name] == 0, 0.0, squares[name]) for name in factors]
         least = ROUNDING**2 * jnp.stack([jnp.float32(0), *sizes]).max()
-        counts = {name: (weights[name] != 0) & (squares[name] > least) for name in factors}
+        counts = {name: (weights[name] != 0) & ~(squares[name] <= least) for name in factors}
         inverse = {n: jnp.where(counts[n], jax.lax.rsqrt(jnp.where(counts[n], squares[n], 1.0)), 0.0) for n in factors}
         total = sum(inverse.values())
         return {
@@ -243,9 +243,11 @@ def _rows(batch: Batch) -> dict[str, Array]:
 
 
 def _relative_squares(slopes: Float[Array, "... embed"], states: Float[Array, "... embed"]) -> Float[Array, ""]:
-    """The sum over positions of a gradient's square times the mean square of the state."""
+    """The sum over positions of a gradient's square times the mean square of the state. Without a gradient any state
+    may stand there, also one that is no number."""
     slopes, states = slopes.astype(jnp.float32), states.astype(jnp.float32)
-    return (jnp.square(slopes).sum(-1) * jnp.square(states).mean(-1)).sum()
+    steep = jnp.square(slopes).sum(-1)
+    return jnp.where(steep == 0, 0.0, steep * jnp.square(states).mean(-1)).sum()
 
 
 def _share(mean: Mean) -> Array:

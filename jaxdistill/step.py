@@ -101,8 +101,9 @@ def make_train_step(
 
     accumulate: into how many micro-batches the rows are split. The result does not depend on it: every sum is divided
     by the count of the whole batch. Of `terms`, a `HiddenMatch` (resolved) reads what both models return as the tap of
-    its name. gradient_shardings: where accumulated gradients live (the shardings of `state.params`); None leaves it to
-    the compiler. A step whose loss or gradient is not finite changes nothing but `step` and `skipped`.
+    its name, or at the point "final_normed" their last hidden states. gradient_shardings: where accumulated gradients
+    live (the shardings of `state.params`); None leaves it to the compiler. A step whose loss or gradient is not finite
+    changes nothing but `step` and `skipped`.
 
     correction: terms that the teacher learns while it teaches; its parameters are then `state.params["teacher"]`, and
     the step's teacher argument is not read. The norm of its gradient is not part of "gradient_norm".

@@ -220,17 +220,45 @@ def test_the_size_of_a_models_states_does_not_weigh():
             part["kernel"] *= size
         return apply(shape, given, batch, taps=hidden_taps(terms, "student"))
 
-    def factors(size):
-        seen, objective = Seen(states(0, size), states(1, size)), Objective(terms=terms, chunk=16, weighting=BY_SIZE)
-        known = objective.known(batch, 0)
-        means = objective.means(seen, batch, {}, known)[1]
-        squares = functools.partial(objective.squared_gradients, seen, batch, {}, known)
-        found = objective.factors(means, batch, known, squares)
-        return {name: float((factor * means[name].total).sum()) for name, factor in found.items()}
-
-    small, large = factors(1.0), factors(10.0)
+    small, large = (weighed_values(terms, states(0, size), states(1, size), batch) for size in (1.0, 10.0))
     assert small == pytest.approx(large, rel=1e-4)
     assert min(small.values()) > 0.01 * max(small.values())
+
+
+def weighed_values(terms, student, teacher, batch):
+    """What each term adds to the loss."""
+    seen, objective = Seen(student, teacher), Objective(terms=terms, chunk=16, weighting=BY_SIZE)
+    known = objective.known(batch, 0)
+    means = objective.means(seen, batch, {}, known)[1]
+    squares = functools.partial(objective.squared_gradients, seen, batch, {}, known)
+    found = objective.factors(means, batch, known, squares)
+    return {name: float((factor * means[name].total).sum()) for name, factor in found.items()}
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_stands_at_padding_does_not_weigh(poison):
+    terms, batch = {"kl": ForwardKL(), "final": HiddenMatch(point="final_normed")}, packed_batch()
+    student, teacher = (apply(STUDENT, tiny_params(STUDENT, seed), batch) for seed in (0, 1))
+    padding = batch.segment_ids[..., None] == 0
+    assert padding.any()
+    bad = dataclasses.replace(student, hidden=jnp.where(padding, poison, student.hidden))
+    expected = weighed_values(terms, student, teacher, batch)
+    assert weighed_values(terms, bad, teacher, batch) == pytest.approx(expected, rel=1e-6)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoNumber(Term):
+    """Not a number anywhere, nor is its slope."""
+
+    def __call__(self, student, teacher, at, parameters):
+        return jnp.nan * student.log_normalizer()
+
+
+def test_a_term_that_is_no_number_skips_the_step():
+    terms = {"cross_entropy": CrossEntropy(), "broken": NoNumber()}
+    _, change, metrics = run("one device", steps=1, terms=terms, weighting=BY_SIZE)
+    assert int(metrics["skipped"]) == 1
+    assert not any(np.abs(part).max() for part in jax.tree.leaves(change["student"]))
 
 
 def test_evaluation_gives_the_same_means():

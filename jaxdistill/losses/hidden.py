@@ -1,4 +1,4 @@
-"""Matching hidden states: a term that compares what layers of student and teacher hold, beside those on scores."""
+"""Matching hidden states: a term that compares those of student and teacher, beside the terms on scores."""
 
 from __future__ import annotations
 
@@ -90,13 +90,12 @@ class HiddenMatch:
 
     def tap(self, side: Literal["student", "teacher"]) -> Tap | None:
         """What a model's forward pass has to return for a resolved term, under the term's name."""
-        point = self.point
-        if point == "final_normed":
+        if self.point == "final_normed":
             return None
         if self.layers is None or any(layer < 0 for pair in self.layers for layer in pair):
             raise ValueError(f"HiddenMatch.layers is {self.layers}; call `resolved` first, which knows both depths.")
         layers = tuple(sorted({pair[0 if side == "student" else 1] for pair in self.layers}))
-        return Tap(points=(point,), reduce=lambda values, mask: values[point], layers=layers)
+        return Tap(points=(self.point,), reduce=lambda values, mask: values[self.point], layers=layers)
 
     def states(self, name: str, outputs: Outputs) -> Float[Array, "layer batch length embed"]:
         """What the term called name compares of a model's outputs."""

@@ -111,15 +111,13 @@ def transfer(out: Path, results: Path, part: Part) -> None:
     rates = (5e-4, 2e-3) if in_bytes else (2e-4, 5e-4)
     bench = bench_of(part, out, results, length=length, batch_size=4, steps=steps)
     student = StudentConfig(tokenizer=tokenizer_of(part), suffixes=in_bytes, lora=Lora(), trainable=("embedding.*",))
-    matched = with_states(MATCHED) if in_bytes else MATCHED
     methods = {
-        "ALM and states" if in_bytes else "ALM": matched,
+        "ALM": MATCHED,
+        **({"ALM and states": with_states(MATCHED), f"ALM{PLAIN}": MATCHED} if in_bytes else {}),
         "next token": ALONE,
         "MinED": {"losses": {"mined": MinED()}},
         "ULD": {"losses": {"uld": ULD(weight=1.5), "cross_entropy": CrossEntropy()}},
     }
-    if in_bytes:
-        methods |= {f"ALM and states{PLAIN}": matched}
 
     def changes(way: str, seed: int) -> dict[str, Any]:
         given = methods[way]
@@ -180,7 +178,7 @@ def small_student(out: Path, results: Path) -> None:
     def prepare(bench: Bench) -> None:
         if not start.exists():
             pretrain(bench, start.parent)
-        written_by_teacher(text, first_words(read_texts(bench.text), words=12), texts=WRITTEN)
+        written_by_teacher(text, first_words(read_texts(bench.text), words=12), texts=WRITTEN, rows=64)
 
     bench = bench_of("student", out, results, length=256, batch_size=8, steps=FURTHER)
     bench = dataclasses.replace(bench, prepare=prepare)
@@ -354,10 +352,10 @@ def ways_of(results: Path, part: Part) -> dict[str, list[Row]]:
 def table(results: Path, part: Part) -> str:
     """Markdown: a line for each way. Means over seeds, and standard deviations."""
     lines = ["| | seeds | rate | positions | bits per byte | KL to the teacher |", "|---|---|---|---|---|---|"]
-    rows = read_rows(results)
-    lines += [f"| teacher | | | | {r['end']['held-out']:.3f} | 0 |" for r in rows if r["bench"] == "teacher"]
-    for row in rows:
-        if row["bench"] == part and row["way"].startswith(BEFORE):
+    latest = {(row["bench"], row["way"]): row for row in read_rows(results)}
+    lines.append(f"| teacher | | | | {latest['teacher', 'teacher']['end']['held-out']:.3f} | 0 |")
+    for (bench, way), row in latest.items():
+        if bench == part and way.startswith(BEFORE):
             lines.append(f"| {row['way']} | | | 0 | {row['end']['bits_per_byte']:.3f} | {row['end']['kl']:.3f} |")
     for way, rows in ways_of(results, part).items():
         numbers = [spread([row["end"][number] for row in rows]) for number in NUMBERS]
