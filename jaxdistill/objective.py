@@ -215,10 +215,10 @@ class Objective:
         """The factors by which every term's gradient has the size that its weight says."""
         weights = {name: jnp.float32(at_step(self.terms[name].weight, known.step)) for name in factors}
         # A term without weight at this step says nothing, and one without gradient has none to be made larger. One that
-        # is least but for rounding has no direction either. What is no number stays, so that the step is skipped.
+        # is least but for rounding has no direction either.
         sizes = [jnp.where(weights[name] == 0, 0.0, squares[name]) for name in factors]
         least = ROUNDING**2 * jnp.stack([jnp.float32(0), *sizes]).max()
-        counts = {name: (weights[name] != 0) & ~(squares[name] <= least) for name in factors}
+        counts = {name: (weights[name] != 0) & (squares[name] > least) for name in factors}
         inverse = {n: jnp.where(counts[n], jax.lax.rsqrt(jnp.where(counts[n], squares[n], 1.0)), 0.0) for n in factors}
         total = sum(inverse.values())
         return {

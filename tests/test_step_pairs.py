@@ -246,21 +246,6 @@ def test_what_stands_at_padding_does_not_weigh(poison):
     assert weighed_values(terms, bad, teacher, batch) == pytest.approx(expected, rel=1e-6)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoNumber(Term):
-    """Not a number anywhere, nor is its slope."""
-
-    def __call__(self, student, teacher, at, parameters):
-        return jnp.nan * student.log_normalizer()
-
-
-def test_a_term_that_is_no_number_skips_the_step():
-    terms = {"cross_entropy": CrossEntropy(), "broken": NoNumber()}
-    _, change, metrics = run("one device", steps=1, terms=terms, weighting=BY_SIZE)
-    assert int(metrics["skipped"]) == 1
-    assert not any(np.abs(part).max() for part in jax.tree.leaves(change["student"]))
-
-
 def test_evaluation_gives_the_same_means():
     terms = {name: term for name, term in TERMS.items() if name in ("alm", "cross_entropy")}
     step = make_eval_step(
