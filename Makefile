@@ -23,7 +23,7 @@ test-slow: $(BIN)/.installed-test
 
 test-real: $(BIN)/.installed-test
 	$(BIN)/python tools/fetch_assets.py
-	$(BIN)/python -m pytest -m "real and not slow and not parity"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "real and not slow and not parity"
 
 test-parity: $(BIN)/.installed-parity
 	$(BIN)/python tools/fetch_assets.py

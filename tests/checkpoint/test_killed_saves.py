@@ -22,5 +22,5 @@ def test_whole_checkpoints_survive_kills_at_random_moments(tmp_path):
     latest = [max(trial["steps"], default=-1) for trial in trials]
     assert all(trial["steps"] for trial in trials[1:])
     assert latest == sorted(latest)
-    assert latest[-1] > latest[1], "no trial got a new step done: the delays are too short to test anything"
-    assert sum(trial["torn"] > 0 for trial in trials) >= 1, "no kill hit a save: the delays are too long"
+    assert latest[-1] > latest[1], "no trial got a new step done"
+    assert sum(trial["torn"] > 0 for trial in trials) >= 1, "no kill hit a save"
