@@ -69,8 +69,8 @@ ALONE = {"teacher": TeacherConfig(), "losses": {"cross_entropy": CrossEntropy()}
 MATCHED = {"losses": {"alm": ALM(), "cross_entropy": CrossEntropy()}, "weighting": "gradient_magnitude"}
 BEFORE, PLAIN = "before training", ", without the old embedding"
 """Of ways: a student as it begins, and one of bytes that does not read the old embedding."""
-SEEDS_OF: dict[Part, tuple[int, ...]] = {"llama2": SEEDS[:1], "bytes": SEEDS[:1]}
-"""Of parts that are too dear for all seeds."""
+SEEDS_OF: dict[Part, tuple[int, ...]] = {"bytes": SEEDS[:1]}
+"""Of a part that is too dear for all seeds."""
 STATES = HiddenMatch(point="final_normed", distance="channelwise")
 
 
