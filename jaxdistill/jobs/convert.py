@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -22,6 +21,7 @@ from jaxdistill.models.padding import pad_layers, padded_config
 from jaxdistill.models.parts import ParamsInParts, Parts
 from jaxdistill.models.schema import count_parameters
 from jaxdistill.tokenizers import load_tokenizer
+from jaxdistill.versions import version
 
 
 def convert_model(
@@ -83,4 +83,4 @@ def _state_of(source: str) -> str:
     path = any_path(source).absolute()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [(str(file.relative_to(path)), state_of(file)) for file in files if file.is_file()]
-    return f"jaxdistill {importlib.metadata.version('jaxdistill')}: {path} {found}"
+    return f"jaxdistill {version('jaxdistill')}: {path} {found}"

@@ -6,11 +6,8 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import json
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +45,7 @@ from jaxdistill.train.setup import (
 )
 from jaxdistill.train.stop import stop_requests
 from jaxdistill.types import Mean, Params, TrainState
+from jaxdistill.versions import versions
 
 PLAN_NAME = "plan.json"
 _matmul_rate = functools.cache(progress.matmul_rate)
@@ -464,24 +462,3 @@ def held_out_batches(config: TrainConfig, texts: Tokenizers) -> list[dict[str, A
 def describe(config: ModelConfig) -> str:
     """A model in one line."""
     return f"{count_parameters(config):,} parameters, {len(config.layers)} layers, vocabulary {config.vocab:,}"
-
-
-@functools.cache
-def versions() -> dict[str, Any]:
-    """What a run was made with: packages, git revision of the working directory, devices."""
-    packages = ("jaxdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "git_revision": _git_revision(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-    }
-
-
-def _git_revision() -> str | None:
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return None  # no git here
-    return git.stdout.strip() or None
