@@ -145,7 +145,7 @@ def apply(
 
         def layer(place: int, x: Array, layers: tuple[Params, Any], run=run, active=active) -> tuple[Array, Any]:
             # What is cut out of a turn's parameters in here is not kept for the backward pass.
-            parameters, factors = jax.tree.map(lambda leaf: leaf[place], layers)
+            parameters, factors = run.layer(layers, place)
             block = _merge(run.specs[place], config, parameters)
             x, points = block(x, dataclasses.replace(context, gates=factors))
             return x, {name: tap.reduce({p: points[p] for p in tap.points}, mask) for name, tap in active.items()}
@@ -244,21 +244,20 @@ def apply_cached(
 
         def period(carry, layers_and_indices, run=run):
             x, keys, values = carry
-            layers, indices = layers_and_indices
             for place, spec in enumerate(run.specs):
-                here = jax.tree.map(lambda leaf, at=place: leaf[at], layers)
+                here, at = run.layer(layers_and_indices, place)
 
-                def attend_here(scoring: Scoring, keys=keys, values=values, index=indices[place]) -> Attend:
+                def attend_here(scoring: Scoring, keys=keys, values=values, index=at) -> Attend:
                     return functools.partial(attend_cached, scoring, keys, values, index)
 
                 x, points = _merge(spec, config, here)(x, dataclasses.replace(context, attend=attend_here))
                 keys, values = points.get("memory", (keys, values))
             return (x, keys, values), None
 
-        name, indices = run.segment, jnp.arange(run.offset, run.offset + run.repeats * len(run.specs))
+        name = run.segment
         carry = (x, new_keys[name], new_values[name])
-        given = run.of(segment_of(params, name)), indices.reshape(run.repeats, len(run.specs))
-        (x, new_keys[name], new_values[name]), _ = jax.lax.scan(period, carry, given)
+        layers = run.of((segment_of(params, name), jnp.arange(len(new_keys[name]))))
+        (x, new_keys[name], new_values[name]), _ = jax.lax.scan(period, carry, layers)
     hidden = _finish(config, params, x, layout, execution)
     used = start + rows.tokens.shape[1]
     return Outputs(hidden=hidden, head=head_of(config, params)), Cache(new_keys, new_values, segment_ids, used, recent)
@@ -372,11 +371,17 @@ class Run:
     repeats: int
 
     def of(self, stacked: Any) -> Any:
-        """This run's part of a segment's leaves, [repeats, specs, ...]."""
-        stop = self.offset + self.repeats * len(self.specs)
-        return jax.tree.map(
-            lambda leaf: leaf[self.offset : stop].reshape(self.repeats, len(self.specs), *leaf.shape[1:]), stacked
-        )
+        """This run's part of a segment's leaves: [repeats, specs, ...], or [repeats, ...] of a single spec. (An axis of
+        one has XLA copy the leaf on a CPU.)"""
+        specs = len(self.specs)
+        part = jax.tree.map(lambda leaf: leaf[self.offset : self.offset + self.repeats * specs], stacked)
+        if specs == 1:
+            return part
+        return jax.tree.map(lambda leaf: leaf.reshape(self.repeats, specs, *leaf.shape[1:]), part)
+
+    def layer(self, turn: Any, place: int) -> Any:
+        """One layer's leaves of a turn's, which is what a scan over `of` sees."""
+        return turn if len(self.specs) == 1 else jax.tree.map(lambda leaf: leaf[place], turn)
 
     def in_a_row(self, result: Array) -> Array:
         """What was found layer by layer, [layers, ...], from [repeats, specs, ...]."""

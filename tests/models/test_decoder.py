@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +236,42 @@ def test_each_remat_keeps_less():
 
     assert temporary_bytes("none") > 1.5 * temporary_bytes("dots")
     assert temporary_bytes("dots") > 1.5 * temporary_bytes("block")
+
+
+def test_the_layers_parameters_are_not_copied():
+    """Not by a forward pass of equal layers or of layers in turn, with the compiler's own flags, as users run it."""
+    script = """
+import dataclasses
+import jax
+import jax.numpy as jnp
+from jaxdistill.models.decoder import Rows, apply
+from jaxdistill.models.schema import abstract_params
+from tiny import llama
+
+def temporary_bytes(depth, turns):
+    config = llama(layers=depth, embed=64, mlp=512)
+    layer, row = config.layers[0], jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    local = dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=4))
+    if turns:
+        config = dataclasses.replace(config, layers=(layer, local) * (depth // 2))
+    run = jax.jit(lambda params, rows: apply(config, params, rows).hidden)
+    compiled = run.lower(abstract_params(config), Rows(row, row, row)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+for turns in (False, True):
+    print(temporary_bytes(8, turns) - temporary_bytes(4, turns))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])},
+    )
+    kernel = 64 * 512 * 4
+    assert max(int(line) for line in done.stdout.split()) < kernel
 
 
 def test_the_program_does_not_grow_with_depth():
