@@ -377,6 +377,7 @@ def draw(results: Path, pictures: Path) -> None:
             right = figure.add_subplot(grid[0, 1], sharey=left)
             for axes, (number, label) in zip((left, right), NUMBERS.items(), strict=True):
                 draw_ways(axes, ways, number, label)
+                axes.margins(x=0.12)
             right.set_title("", loc="left")
             right.tick_params(labelleft=False)
             draw_along(figure.add_subplot(grid[1, :]), ways)
@@ -387,15 +388,12 @@ def draw(results: Path, pictures: Path) -> None:
 def draw_along(axes: Any, ways: Mapping[str, Sequence[Row]]) -> None:
     """The first rows of the held-out text by step, the words that they begin with counted as well: a thin line for each
     seed of each way."""
-    for at, (way, rows) in enumerate(ways.items()):
+    for at, rows in enumerate(ways.values()):
         for row in rows:
-            axes.plot(
-                *zip(*row["along"], strict=True), color=f"C{at}", linewidth=1, label=way if row is rows[0] else None
-            )
+            axes.plot(*zip(*row["along"], strict=True), color=f"C{at}", linewidth=1)
     axes.set_xlabel("steps")
     axes.set_ylabel("bits per byte")
-    axes.set_title("On the way, on the first rows of the held-out text", loc="left")
-    axes.legend(frameon=False)
+    axes.set_title("On the way, on the first rows of the held-out text (colours as above)", loc="left")
 
 
 if __name__ == "__main__":
