@@ -3,12 +3,11 @@
 import importlib.metadata
 import os
 
-# Tests of tiny models spend their time compiling. Code that is not optimised is ready four times sooner; with fusions
-# by the older emitters, and not split into parts, in a third of that.
+# Tests of tiny models spend their time compiling. Code that is not optimised is ready four times sooner; not split into
+# parts, and with fusions by the older emitters where there still are some, in a third of that.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if (
-    importlib.metadata.version("jaxlib") < "0.11"
-):  # later ones have no older emitters, and stop at a flag they don't know
+older = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
+if older:  # later ones stop at this flag, which they do not know
     QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 
 

@@ -45,7 +45,6 @@ FLOORS = {
     "choices": 0,
     "specs": 0,
     "types": 0,
-    "versions": 0,
 }
 """Rooms (a module or a package of jaxdistill each) and their floors, as docs/concepts.md shows them."""
 

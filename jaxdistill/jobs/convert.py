@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from jaxdistill import __version__
 from jaxdistill.checkpoint.model import is_model
 from jaxdistill.checkpoint.open import open_config, open_model
 from jaxdistill.checkpoint.parts import SavedInParts, save_parts
@@ -21,7 +22,6 @@ from jaxdistill.models.padding import pad_layers, padded_config
 from jaxdistill.models.parts import ParamsInParts, Parts
 from jaxdistill.models.schema import count_parameters
 from jaxdistill.tokenizers import load_tokenizer
-from jaxdistill.versions import version
 
 
 def convert_model(
@@ -83,4 +83,4 @@ def _state_of(source: str) -> str:
     path = any_path(source).absolute()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [(str(file.relative_to(path)), state_of(file)) for file in files if file.is_file()]
-    return f"jaxdistill {version('jaxdistill')}: {path} {found}"
+    return f"jaxdistill {__version__}: {path} {found}"

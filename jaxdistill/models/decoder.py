@@ -371,8 +371,8 @@ class Run:
     repeats: int
 
     def of(self, stacked: Any) -> Any:
-        """This run's part of a segment's leaves: [repeats, specs, ...], or [repeats, ...] of a single spec. (An axis of
-        one has XLA copy the leaf on a CPU.)"""
+        """This run's part of a segment's leaves: [repeats, specs, ...], or [repeats, ...] of a single spec. (For an
+        axis of one XLA copies the leaf on a CPU. A run that is not its whole segment is cut out, a copy as well.)"""
         specs = len(self.specs)
         part = jax.tree.map(lambda leaf: leaf[self.offset : self.offset + self.repeats * specs], stacked)
         if specs == 1:
@@ -384,7 +384,7 @@ class Run:
         return turn if len(self.specs) == 1 else jax.tree.map(lambda leaf: leaf[place], turn)
 
     def in_a_row(self, result: Array) -> Array:
-        """What was found layer by layer, [layers, ...], from [repeats, specs, ...]."""
+        """What was found layer by layer, [layers, ...], from [repeats, specs, ...]: `specs` may be one here."""
         return result.reshape(-1, *result.shape[2:])
 
 

@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import importlib.metadata
 import json
 import math
+import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxdistill import partition
+from jaxdistill import __version__, partition
 from jaxdistill.checkpoint.compatible import check_compatible
 from jaxdistill.checkpoint.model import save_model
 from jaxdistill.checkpoint.run import RunCheckpoints
@@ -45,7 +48,6 @@ from jaxdistill.train.setup import (
 )
 from jaxdistill.train.stop import stop_requests
 from jaxdistill.types import Mean, Params, TrainState
-from jaxdistill.versions import versions
 
 PLAN_NAME = "plan.json"
 _matmul_rate = functools.cache(progress.matmul_rate)
@@ -462,3 +464,25 @@ def held_out_batches(config: TrainConfig, texts: Tokenizers) -> list[dict[str, A
 def describe(config: ModelConfig) -> str:
     """A model in one line."""
     return f"{count_parameters(config):,} parameters, {len(config.layers)} layers, vocabulary {config.vocab:,}"
+
+
+@functools.cache
+def versions() -> dict[str, Any]:
+    """What a run was made with: packages, git revision of the working directory, devices."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "python": platform.python_version(),
+        "jaxdistill": __version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+        "git_revision": _git_revision(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def _git_revision() -> str | None:
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None  # no git here
+    return git.stdout.strip() or None

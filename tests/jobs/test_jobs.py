@@ -121,7 +121,7 @@ def test_a_conversion_of_files_that_have_changed_begins_again(tmp_path, reads):
 def test_what_another_version_has_written_is_not_continued(tmp_path, reads, monkeypatch):
     source = hf_model(tmp_path / "hf")
     with monkeypatch.context() as patch:
-        patch.setattr("jaxdistill.jobs.convert.version", lambda package: "0.0.1")
+        patch.setattr("jaxdistill.jobs.convert.__version__", "0.0.1")
         interrupted_conversion(reads, source, tmp_path / "out")
     convert_model(str(source), str(tmp_path / "out"), to="jaxdistill", dtype="float32")
     assert len(reads.names) == len(schema(CONFIG))

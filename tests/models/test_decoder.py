@@ -239,27 +239,32 @@ def test_each_remat_keeps_less():
 
 
 def test_the_layers_parameters_are_not_copied():
-    """Not by a forward pass of equal layers or of layers in turn, with the compiler's own flags, as users run it."""
+    """Not by passes of equal layers or of layers in turn, with a cache or without, with the compiler's own flags."""
     script = """
 import dataclasses
 import jax
 import jax.numpy as jnp
-from jaxdistill.models.decoder import Rows, apply
+from jaxdistill.models.decoder import Rows, apply, apply_cached, init_cache
 from jaxdistill.models.schema import abstract_params
 from tiny import llama
 
-def temporary_bytes(depth, turns):
+def temporary_bytes(depth, turns, cached):
     config = llama(layers=depth, embed=64, mlp=512)
     layer, row = config.layers[0], jax.ShapeDtypeStruct((1, 8), jnp.int32)
     local = dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=4))
     if turns:
         config = dataclasses.replace(config, layers=(layer, local) * (depth // 2))
-    run = jax.jit(lambda params, rows: apply(config, params, rows).hidden)
-    compiled = run.lower(abstract_params(config), Rows(row, row, row)).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    params, rows = abstract_params(config), Rows(row, row, row)
+    if cached:
+        program = jax.jit(lambda params, rows, cache: apply_cached(config, params, rows, cache)[0].hidden)
+        lowered = program.lower(params, rows, init_cache(config, 1, 8))
+    else:
+        lowered = jax.jit(lambda params, rows: apply(config, params, rows).hidden).lower(params, rows)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
 
 for turns in (False, True):
-    print(temporary_bytes(8, turns) - temporary_bytes(4, turns))
+    for cached in (False, True):
+        print(temporary_bytes(8, turns, cached) - temporary_bytes(4, turns, cached))
 """
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     tests = str(Path(__file__).parents[1])
@@ -267,11 +272,12 @@ for turns in (False, True):
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         env=environment | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])},
     )
-    kernel = 64 * 512 * 4
-    assert max(int(line) for line in done.stdout.split()) < kernel
+    assert done.returncode == 0, done.stderr
+    a_query_kernel = 64 * 16 * 4
+    assert max(int(line) for line in done.stdout.split()) < 4 * a_query_kernel, done.stdout
 
 
 def test_the_program_does_not_grow_with_depth():
