@@ -2,7 +2,7 @@
 approximate likelihood matching (ALM) against forward KL, both with the chunked head; and of two terms that are weighed
 by their gradients against the same with fixed weights.
 
-    python tools/bench_step.py                     # both vocabularies, huge pages on and off, about 6 minutes
+    python tools/bench_step.py                     # both vocabularies, huge pages on and off, about 11 minutes
     python tools/bench_step.py --vocabularies 131072 --repeats 7
 
 All variants run in one process, interleaved, and the median of each is compared; quote ratios, not seconds. Without

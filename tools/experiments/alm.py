@@ -3,7 +3,7 @@
     python tools/experiments/alm.py unigram llama2      # SmolLM2-135M moved to other vocabularies
     python tools/experiments/alm.py bytes               # and to bytes
     python tools/experiments/alm.py student             # a small model with a tokenizer of its own learns from it
-    python tools/experiments/alm.py unigram llama2 bytes student --draw docs/pictures    # six hours of two cores
+    python tools/experiments/alm.py unigram llama2 bytes student --draw docs/pictures    # hours: see docs/log.md
 
 Every run adds a line to OUT/results.jsonl; the same command goes on where it was interrupted, inside a run too. What
 docs/papers.md reports is kept in tools/experiments/alm.jsonl: `--results` with that file draws it, or adds to it.
@@ -339,7 +339,8 @@ NUMBERS = {"bits_per_byte": "held-out text, bits per byte", "kl": "KL to the tea
 
 
 def ways_of(results: Path, part: Part) -> dict[str, list[Row]]:
-    """Rows by way, each with the numbers before training at its start."""
+    """Rows by way, each with the numbers before training at its start: seed 0's, in which rows of the embedding that
+    nothing is known of are drawn."""
     found = rows_of(results, [part], tuned_by="tuning_bits_per_byte")
     before = {way: rows[0]["end"] for (_, way), rows in found.items() if way.startswith(BEFORE)}
 
