@@ -388,7 +388,10 @@ def draw(results: Path, pictures: Path) -> None:
 
 def draw_along(axes: Any, ways: Mapping[str, Sequence[Row]]) -> None:
     """The first rows of the held-out text by step, the words that they begin with counted as well: a thin line for each
-    seed of each way."""
+    seed of each way. A start far above all that follows is out of the picture."""
+    measured = [value for rows in ways.values() for row in rows for _, value in row["along"][1:]]
+    margin = 0.1 * (max(measured) - min(measured))
+    axes.set_ylim(min(measured) - margin, max(measured) + margin)
     for at, rows in enumerate(ways.values()):
         for row in rows:
             axes.plot(*zip(*row["along"], strict=True), color=f"C{at}", linewidth=1)
